@@ -1,0 +1,287 @@
+"""One tree of configuration classes; YAML files and ``key=value`` overrides build it, nothing changes it afterwards.
+
+Every key has one default, here. Errors are one sentence naming the key and the way out (``ConfigError``).
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, told in one sentence."""
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True, protected_namespaces=())
+
+    def new(self, **changes: Any) -> Self:
+        """A validated copy with some keys changed."""
+        unknown = sorted(set(changes) - set(type(self).model_fields))
+        if unknown:
+            raise ConfigError(f"{type(self).__name__} has no key '{unknown[0]}'; it has {', '.join(type(self).model_fields)}")
+        return type(self).model_validate({**self.model_dump(exclude_unset=True), **changes})
+
+
+class GenerationConfig(_Node):
+    """How answers are sampled."""
+
+    n_samples: int = Field(1, ge=1)
+    """Samples per prompt: the size of a group."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer, in tokens."""
+    min_new_tokens: int = Field(0, ge=0)
+    """End-of-sequence and stop tokens are not sampled before this many tokens."""
+    temperature: float = Field(1.0, ge=0.0)
+    """Divides the logits; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; below 1 only in evaluation (training needs the untruncated distribution)."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k likeliest tokens, 0 = off; only in evaluation."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end an answer."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Tokens that end an answer, besides the model's end-of-sequence token."""
+    ignore_eos: bool = False
+    """Go on after end-of-sequence, up to max_new_tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is larger than max_new_tokens={self.max_new_tokens}; lower it")
+        return self
+
+
+class RolloutConfig(_Node):
+    """The side that generates."""
+
+    backend: str = "embedded:d1"
+    """embedded:dN = N of areal's own engines, one process each."""
+    max_concurrent_rollouts: int = Field(64, ge=1)
+    """Groups in flight at most."""
+    max_head_offpolicyness: int = Field(2, ge=0)
+    """eta: a token may be trained on at most this many versions after it was sampled; 0 is synchronous."""
+    consumer_batch_size: int = Field(32, ge=1)
+    """Groups per train step."""
+    max_running_requests: int = Field(64, ge=1)
+    """Sequences one embedded engine decodes at once (KV slots)."""
+    max_context: int = Field(0, ge=0)
+    """Longest prompt + answer in tokens; 0 = the model's own limit."""
+    update_mode: Literal["retract", "in_place"] = "retract"
+    """What running sequences do with their KV at a weight update: recompute it, or keep it."""
+    episode_timeout: float = Field(600.0, gt=0)
+    """Seconds an episode may take before its group is dropped and counted."""
+    request_timeout: float = Field(300.0, gt=0)
+    """Seconds one generation request may take."""
+    startup_timeout: float = Field(120.0, gt=0)
+    """Seconds a rollout server may take to be ready."""
+    max_restarts: int = Field(2, ge=0)
+    """How often a dead rollout server is replaced before the run ends."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one embedded engine."""
+    device: str = "auto"
+    """auto, cpu, or cuda:N for the first engine (the next ones count up)."""
+
+
+class OptimizerConfig(_Node):
+    """AdamW, or Muon on the matrices of the layers with AdamW on the rest."""
+
+    type: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(2e-5, gt=0)
+    """AdamW's learning rate."""
+    muon_lr: float = Field(1e-3, gt=0)
+    """Muon's learning rate (type: muon)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    gradient_clipping: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    warmup_steps: int = Field(0, ge=0)
+    """Train steps of linear warm-up to the constant rate."""
+
+
+class MicrobatchConfig(_Node):
+    max_tokens_per_mb: int = Field(16384, ge=1)
+    """Tokens of a packed micro-batch at most."""
+
+
+class NormConfig(_Node):
+    """x -> (x - mean) / (std + eps), over a group or the batch."""
+
+    mean_level: Literal["group", "batch", "none"] = "group"
+    std_level: Literal["group", "batch", "none"] = "group"
+    eps: float = Field(1e-5, gt=0)
+
+
+class ActorConfig(_Node):
+    """The policy and how it is trained."""
+
+    path: str = ""
+    """Hugging Face model directory."""
+    init_from_scratch: dict[str, Any] | None = None
+    """Instead of path: a Hugging Face config (model_type and its keys) to be started from random weights."""
+    backend: str = "fsdp:d1"
+    """fsdp:dN = N data-parallel ranks."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """auto, cpu or cuda (rank r uses device r)."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one rank."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    mb_spec: MicrobatchConfig = Field(default_factory=MicrobatchConfig)
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward, layer by layer."""
+    ppo_n_minibatches: int = Field(1, ge=1)
+    """Optimizer steps per batch."""
+    eps_clip: float = Field(0.2, gt=0, lt=1)
+    eps_clip_higher: float | None = Field(None, gt=0)
+    """Upper clip range; none = eps_clip (clip-higher of DAPO)."""
+    c_clip: float | None = Field(None, gt=1)
+    """Dual clip: bound on the ratio where the advantage is negative; none = off."""
+    use_decoupled_loss: bool = True
+    """Proximal policy = the weights before the step; false = naive PPO against the behaviour policy."""
+    recompute_logprob: bool = True
+    """Recompute the proximal log-probs when the batch arrives; needed by the decoupled loss."""
+    behav_imp_weight_cap: float | None = Field(None, gt=1)
+    """Truncate the weight proximal / behaviour at this value; none = off."""
+    behav_filter_cap: float | None = Field(None, gt=1)
+    """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap]; none = off."""
+    reward_scaling: float = 1.0
+    reward_bias: float = 0.0
+    """r -> (r + reward_bias) * reward_scaling."""
+    reward_norm: NormConfig | None = Field(default_factory=NormConfig)
+    """Normalisation of rewards into advantages; null = none."""
+    adv_norm: NormConfig | None = None
+    """Normalisation of the advantages over the loss tokens."""
+    max_nonfinite_steps: int = Field(3, ge=0)
+    """Skipped steps with non-finite gradients in a row before the run ends."""
+    step_timeout: float = Field(1800.0, gt=0)
+    """Seconds one train step may take."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.path) == (self.init_from_scratch is not None):
+            raise ValueError("give either actor.path (a model directory) or actor.init_from_scratch (a model config), not both or neither")
+        if self.use_decoupled_loss and not self.recompute_logprob:
+            raise ValueError("use_decoupled_loss needs recompute_logprob: true (or set use_decoupled_loss: false)")
+        if self.adv_norm is not None and "group" in (self.adv_norm.mean_level, self.adv_norm.std_level):
+            raise ValueError("adv_norm works on the batch; set its mean_level and std_level to 'batch' or 'none'")
+        return self
+
+
+class DatasetConfig(_Node):
+    """Where prompts come from."""
+
+    type: Literal["arithmetic", "jsonl", "huggingface"] = "jsonl"
+    path: str = ""
+    """JSONL file, or the name or folder of a Hugging Face data set."""
+    split: str = "train"
+    prompt_key: str = "question"
+    """Column with the prompt (a string, chat messages, or token ids)."""
+    answer_key: str = "answer"
+    chat_template: bool = True
+    """Put the prompt through the tokenizer's chat template (if it has one)."""
+    shuffle: bool = True
+    max_prompt_len: int = Field(1024, ge=1)
+    """Tokens; a longer prompt is dropped and counted."""
+    limit: int = Field(0, ge=0)
+    """Use the first rows only; 0 = all."""
+    min_terms: int = Field(3, ge=1)
+    """arithmetic: fewest terms of a chain."""
+    max_terms: int = Field(8, ge=1)
+    """arithmetic: most terms of a chain."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type != "arithmetic" and not self.path:
+            raise ValueError(f"a data set of type '{self.type}' needs path")
+        if self.max_terms < self.min_terms:
+            raise ValueError(f"max_terms={self.max_terms} is smaller than min_terms={self.min_terms}; raise it")
+        return self
+
+
+class SFTConfig(_Node):
+    """Supervised training on demonstrations (rows with a prompt and an answer)."""
+
+    dataset: DatasetConfig | None = None
+    """Demonstrations; null = those of train_dataset (the arithmetic task brings its own)."""
+    batch_size: int = Field(32, ge=1)
+    """Demonstrations per step."""
+    total_steps: int = Field(1400, ge=1)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    lr_end: float = Field(0.15, ge=0, le=1)
+    """The rates fall linearly to this share of their start over total_steps."""
+    eval_every: int = Field(50, ge=1)
+    """Steps between two checks of stop_at_accuracy."""
+    stop_at_accuracy: float | None = Field(None, gt=0, le=1)
+    """When generated answers (forced_prefix first) reach this accuracy, cool down and stop; null = run all steps."""
+    eval_samples: int = Field(192, ge=1)
+    forced_prefix: str = ""
+    """Text that evaluation answers must begin with: 'thinking' answers only (arithmetic fills in its own)."""
+    cooldown_steps: int = Field(150, ge=1)
+    cooldown_lr_end: float = Field(0.05, ge=0, le=1)
+
+
+class SaverConfig(_Node):
+    every_steps: int = Field(0, ge=0)
+    """Train steps between Hugging Face checkpoints; 0 = only at the end."""
+    keep: int = Field(2, ge=1)
+    """How many step checkpoints are kept."""
+
+
+class EvaluatorConfig(_Node):
+    every_steps: int = Field(0, ge=0)
+    """Train steps between evaluations; 0 = only before and after."""
+    n_prompts: int = Field(512, ge=0)
+    """Held-out prompts, one sample each; 0 = no evaluation."""
+    gconfig: GenerationConfig | None = None
+    """Sampling in evaluation; null = that of training with one sample."""
+
+
+class StatsLoggerConfig(_Node):
+    fileroot: str = "runs"
+    """Runs go to fileroot/experiment_name/trial_name."""
+    tensorboard: bool = True
+    dump_trajectories: bool = False
+    """Write every consumed batch as JSONL."""
+    logprob_drift_bound: float = Field(1e-4, gt=0)
+    """Warn when engine and trainer log-probs of the same version differ by more than this."""
+
+
+class RewardConfig(_Node):
+    workers: int = Field(1, ge=1)
+    """Processes that score answers."""
+    timeout: float = Field(15.0, gt=0)
+    """Seconds per score; a longer one drops the group and is counted."""
+
+
+class GRPOConfig(_Node):
+    """A whole run."""
+
+    experiment_name: str = Field("areal", pattern=r"^[A-Za-z0-9._-]+$")
+    trial_name: str = Field("trial", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = 0
+    deterministic: bool = False
+    """Bit-for-bit repeatable (embedded engine on the CPU, one thread a process)."""
+    total_train_steps: int = Field(100, ge=1)
+    reward_fn: str = ""
+    """Import path of the reward function, package.module:name; empty = that of the data set."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    gconfig: GenerationConfig = Field(default_factory=GenerationConfig)
+    actor: ActorConfig
+    train_dataset: DatasetConfig
+    valid_dataset: DatasetConfig | None = None
+    """Held-out prompts; null = the arithmetic task's own held-out split, or no evaluation."""
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    warmup: SFTConfig | None = None
+    """Supervised training before reinforcement learning; null = none."""
+    saver: SaverConfig = Field(default_factory=SaverConfig)
+    evaluator: EvaluatorConfig = Field(default_factory=EvaluatorConfig)
+    stats_logger: StatsLoggerConfig = Field(default_factory=StatsLoggerConfig)

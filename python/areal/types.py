@@ -1,0 +1,124 @@
+"""The vocabulary shared by every part: what travels between rollout, controller and trainer.
+
+Arrays are numpy, 1-D and unpadded; L is the length of one sample (prompt + answer), T the tokens of one packed micro-batch.
+Per-token fields are aligned with the token they describe: ``logprobs[t]`` is the log-probability of ``input_ids[t]`` given
+``input_ids[:t]``, so entry 0 of every sequence is 0 and never a loss token.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal.config import GenerationConfig
+
+StopReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True)
+class ModelRequest:
+    """One generation: token ids in, token ids out."""
+
+    input_ids: list[int]
+    gconfig: GenerationConfig = field(default_factory=GenerationConfig)
+    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ModelResponse:
+    """The answer to a ``ModelRequest``; the three ``output_*`` lists have one entry per generated token."""
+
+    input_tokens: list[int]
+    output_tokens: list[int]
+    output_logprobs: list[float]
+    """Natural log, of softmax(logits / temperature), untruncated."""
+    output_versions: list[int]
+    """Policy version that sampled each token, stamped by the server."""
+    stop_reason: StopReason
+    latency: float = 0.0
+    """Seconds from the first send to the last token, resubmissions included."""
+
+    @property
+    def input_len(self) -> int:
+        return len(self.input_tokens)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.output_tokens)
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One finished and scored sample."""
+
+    input_ids: NDArray[np.int64]  # [L]
+    loss_mask: NDArray[np.bool_]  # [L], true on tokens to train on
+    logprobs: NDArray[np.float32]  # [L], behaviour policy; 0 where loss_mask is false
+    versions: NDArray[np.int32]  # [L], -1 on tokens that no policy sampled
+    reward: float
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest loss token; a large number when there is none."""
+        sampled = self.versions[self.loss_mask]
+        return int(sampled.min()) if sampled.size else np.iinfo(np.int32).max
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class Group:
+    """All ``n_samples`` trajectories of one prompt: the unit of admission, of batches and of group normalisation."""
+
+    group_id: int
+    """Running number of admission; unique in a run."""
+    data: dict[str, Any]
+    """The row of the data set."""
+    trajectories: list[Trajectory]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(t.oldest_version for t in self.trajectories)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """Packed sequences for one forward pass of one rank; every array is [T] unless noted, and nothing is padding."""
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32]  # [n + 1]
+    loss_mask: NDArray[np.bool_]
+    logprobs: NDArray[np.float32]  # behaviour
+    versions: NDArray[np.int32]
+    advantages: NDArray[np.float32]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """What one train step consumes, cut for the ranks: ``minibatches[m].ranks[r]`` is a list of micro-batches.
+
+    Every rank has the same number of micro-batches within a mini-batch (an all-masked one fills up), because the ranks
+    run their collectives in lockstep.
+    """
+
+    minibatches: list[Minibatch]
+    n_groups: int
+    n_samples: int
+
+
+@dataclass(slots=True)
+class Minibatch:
+    ranks: list[list[Microbatch]]
+    denominator: float
+    """Loss tokens of the whole mini-batch over all ranks: the loss is sum / denominator."""
