@@ -68,6 +68,10 @@ class RolloutConfig(_Node):
     """Groups in flight at most."""
     max_head_offpolicyness: int = Field(2, ge=0)
     """eta: a token may be trained on at most this many versions after it was sampled; 0 is synchronous."""
+    over_age_tokens: Literal["wait", "mask"] = "wait"
+    """What keeps the bound when old groups are slow: the batch waits for them, or their over-age tokens are masked and counted."""
+    batch_timeout: float = Field(900.0, gt=0)
+    """Seconds without any finished group after which the trainer gives up waiting for a batch."""
     consumer_batch_size: int = Field(32, ge=1)
     """Groups per train step."""
     max_running_requests: int = Field(64, ge=1)

@@ -1,0 +1,103 @@
+"""Child processes on this machine: each in its own session with its own log file, none outliving the controller."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PARENT_VARIABLE = "AREAL_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def die_with_parent() -> None:
+    """To be called first thing in a child: it is killed when its parent dies, even by kill -9.
+
+    On Linux the kernel does it; the thread covers other systems and a parent that died before this call.
+    """
+    expected = int(os.environ.get(_PARENT_VARIABLE, os.getppid()))
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != expected:
+        os._exit(1)
+    threading.Thread(target=_watch_parent, args=(expected,), name="watch-parent", daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class ChildProcess:
+    """A started process. ``argv`` after the interpreter: ``["-m", "module", ...]`` runs with this Python."""
+
+    def __init__(self, name: str, argv: Sequence[str], log_path: Path, env: Mapping[str, str] | None = None, python: str = sys.executable) -> None:
+        self.name = name
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **(env or {}), _PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        with log_path.open("ab") as log:
+            # Own session: Ctrl-C reaches the controller only, which then ends its children in order.
+            self._process = subprocess.Popen(
+                [python, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def last_log_lines(self, n: int = 10) -> str:
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - 64 * 1024))
+                lines = log.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
+        return "\n".join(lines[-n:])
+
+    def describe_death(self, n: int = 10) -> str:
+        """Name, exit code and last log lines, for an error message."""
+        code = self.poll()
+        how = "is still running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        lines = self.last_log_lines(n)
+        return f"{self.name} (pid {self.pid}) {how}; its log {self.log_path} ends:\n{lines}" if lines else f"{self.name} (pid {self.pid}) {how}"
+
+    def kill(self) -> None:
+        """Kills the whole process group at once and reaps the child."""
+        self._signal(signal.SIGKILL)
+        self._process.wait(timeout=10)
+
+    def terminate(self, grace: float = 5.0) -> None:
+        """Asks the process group to end, and kills what is left after ``grace`` seconds."""
+        if self.poll() is None:
+            self._signal(signal.SIGTERM)
+            try:
+                self._process.wait(timeout=grace)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass  # nobody of the group is left
