@@ -1,0 +1,81 @@
+"""What a train step looked like, as one flat row, and the totals of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from areal.types import Group
+
+
+def staleness_of(groups: Sequence[Group], version: int) -> np.ndarray:
+    """Age in versions of every loss token that is trained on at policy ``version``."""
+    ages = [version - t.versions[t.loss_mask] for g in groups for t in g.trajectories]
+    return np.concatenate(ages) if ages else np.zeros(0, np.int32)
+
+
+def batch_row(groups: Sequence[Group], version: int) -> dict[str, Any]:
+    """The part of the row that is known from the batch alone; lengths count loss tokens."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    lengths = np.array([t.loss_mask.sum() for t in trajectories])
+    rewards = np.array([t.reward for t in trajectories])
+    ages = staleness_of(groups, version)
+    return {
+        "reward": float(rewards.mean()),
+        "accuracy": float((rewards > 0).mean()),
+        "length": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+        "staleness_mean": float(ages.mean()) if ages.size else 0.0,
+        "staleness_max": int(ages.max()) if ages.size else 0,
+        "tokens_trained": int(lengths.sum()),
+    }
+
+
+@dataclass
+class EngineMeter:
+    """Turns the running counters of the rollout servers into rates between two readings.
+
+    A replaced server starts its counters again at zero, so every server is followed by its URL.
+    """
+
+    tokens_generated: int = 0
+    busy_seconds: float = 0.0
+    _last: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def read(self, stats: Mapping[str, Mapping[str, Any]]) -> tuple[int, float]:
+        """``{url: /engine_stats answer}`` -> tokens and busy seconds since the last reading, over all servers."""
+        new_tokens, new_busy = 0, 0.0
+        for url, row in stats.items():
+            tokens, busy = self._last.get(url, (0, 0.0))
+            new_tokens += row["tokens_generated"] - tokens
+            new_busy += row["busy_seconds"] - busy
+            self._last[url] = (row["tokens_generated"], row["busy_seconds"])
+        self.tokens_generated += new_tokens
+        self.busy_seconds += new_busy
+        return new_tokens, new_busy
+
+
+@dataclass
+class RunTotals:
+    """Fills ``summary.json``; accuracy and length are None where no evaluation ran."""
+
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    length_before: float | None = None
+    length_after: float | None = None
+    seconds_total: float = 0.0
+    seconds_warmup: float = 0.0
+    seconds_rl: float = 0.0
+    train_steps: int = 0
+    max_staleness_trained: int = 0
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def add_step(self, row: Mapping[str, Any]) -> None:
+        self.train_steps += 1
+        self.max_staleness_trained = max(self.max_staleness_trained, row["staleness_max"])
+        self.tokens_trained += row["tokens_trained"]
