@@ -41,3 +41,9 @@ def test_resume_counts_what_was_trained_and_what_is_buffered() -> None:
     manager = StalenessManager(batch_size=4, eta=1, max_concurrent=100)
     manager.resume(version=10, n_buffered=3)
     assert manager.capacity(10) == (1 + 10 + 1) * 4 - 43
+
+
+def test_nothing_is_started_beyond_the_last_batch() -> None:
+    manager = StalenessManager(batch_size=4, eta=2, max_concurrent=100, total_batches=2)
+    assert manager.capacity(0) == 8
+    assert manager.capacity(10) == 8

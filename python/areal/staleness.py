@@ -11,16 +11,21 @@ from __future__ import annotations
 class StalenessManager:
     """Counts groups. Every ``admit`` is followed by exactly one ``finish_accepted`` or ``finish_rejected``."""
 
-    def __init__(self, batch_size: int, eta: int, max_concurrent: int) -> None:
+    def __init__(self, batch_size: int, eta: int, max_concurrent: int, total_batches: int | None = None) -> None:
+        """``total_batches``: batches the run will train on at all; groups beyond them are not started."""
         self.batch_size = batch_size
         self.eta = eta
         self.max_concurrent = max_concurrent
+        self.total_batches = total_batches
         self.n_running = 0
         self.n_accepted = 0
 
     def capacity(self, version: int) -> int:
         """Groups that may start now; ``version`` is the newest that every live rollout server has acknowledged."""
-        ahead = (self.eta + version + 1) * self.batch_size - (self.n_running + self.n_accepted)
+        batches = self.eta + version + 1
+        if self.total_batches is not None:
+            batches = min(batches, self.total_batches)
+        ahead = batches * self.batch_size - (self.n_running + self.n_accepted)
         return max(0, min(ahead, self.max_concurrent - self.n_running))
 
     def admit(self) -> None:
