@@ -1,0 +1,66 @@
+# make demo | test | lint | format | build | bench | clean        everything happens in .venv; nothing else is installed or changed
+#   PYTHON=python3.12     interpreter (>= 3.11) to make .venv with
+#   TORCH_INDEX=URL       package index for torch alone, e.g. https://download.pytorch.org/whl/cpu for the CPU-only builds
+#   AREAL_CUDA=OFF        leave the CUDA kernels out (AUTO, ON, OFF)
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+
+VENV ?= .venv
+TORCH_INDEX ?=
+AREAL_CUDA ?= AUTO
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet
+# A shim may be there without its interpreter, so each candidate is run.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+# The package is installed in place: Python files are live, so only what is compiled or declared needs a new installation.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh)
+
+.PHONY: demo test lint format build bench clean venv
+
+demo: $(VENV)/.train
+	$(BIN)/areal train examples/arithmetic.yaml
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+build: $(VENV)/.train
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks $(BENCH)
+
+venv: $(VENV)/.test
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch first and by itself, in exactly the tested range: the calls after it find it installed and leave it alone.
+$(VENV)/.torch:
+	@[[ -n "$(PYTHON)" ]] || { echo "error: no Python >= 3.11 found; hint: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11,<2.14'
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch $(SOURCES)
+	$(PIP_INSTALL) --config-settings=cmake.define.AREAL_CUDA=$(AREAL_CUDA) -e '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP_INSTALL) --config-settings=cmake.define.AREAL_CUDA=$(AREAL_CUDA) -e '.[train,test]'
+	touch $@

@@ -1,0 +1,67 @@
+// Python module areal._C. Takes addresses and sizes as integers: everything is checked on the Python side (areal/ops), so that the
+// module depends on no version of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan_microbatches.h"
+#include "weights_hash.h"
+#ifdef AREAL_CUDA_VERSION
+#include "../kernels/weights_hash.cuh"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["instruction_set"] = areal::hash_instruction_set();
+#ifdef AREAL_CUDA_VERSION
+  info["cuda"] = AREAL_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  return info;
+}
+
+areal::MicrobatchPlan plan_microbatches_ffd(uintptr_t lengths, int64_t n, int64_t capacity, int64_t world_size, int64_t k_min) {
+  py::gil_scoped_release release;
+  return areal::plan_microbatches_ffd(reinterpret_cast<const int64_t*>(lengths), n, capacity, world_size, k_min);
+}
+
+// Rows of (source address, target address or 0, bytes, key).
+uint64_t copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, unsigned threads) {
+  py::gil_scoped_release release;
+  std::vector<areal::Segment> segments;
+  segments.reserve(rows.size());
+  for (const auto& [source, target, bytes, key] : rows)
+    segments.push_back({reinterpret_cast<const uint8_t*>(source), reinterpret_cast<uint8_t*>(target), bytes, key});
+  return areal::copy_and_hash(segments, threads);
+}
+
+#ifdef AREAL_CUDA_VERSION
+void weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintptr_t sum, uintptr_t stream) {
+  const char* error = areal::weights_hash_cuda(reinterpret_cast<const void*>(data), bytes, key, reinterpret_cast<uint64_t*>(sum), stream);
+  if (error != nullptr) throw std::runtime_error(std::string("weights_hash: ") + error);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "areal's compiled host code and CUDA launchers; use it through areal.ops";
+  module.def("build_info", &build_info, "What this module was built with, and the CPU instruction set that it runs with.");
+  module.def("plan_microbatches_ffd", &plan_microbatches_ffd, py::arg("lengths"), py::arg("n"), py::arg("capacity"), py::arg("world_size"),
+             py::arg("k_min"));
+  module.def("copy_and_hash", &copy_and_hash, py::arg("rows"), py::arg("threads"));
+#ifdef AREAL_CUDA_VERSION
+  module.def("weights_hash_cuda", &weights_hash_cuda, py::arg("data"), py::arg("bytes"), py::arg("key"), py::arg("sum"), py::arg("stream"));
+#endif
+}

@@ -1,0 +1,23 @@
+// Hashing, or copying and hashing, the bytes of tensors at the speed of memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace areal {
+
+struct Segment {
+  const uint8_t* source;
+  uint8_t* target;  // null: hash only
+  uint64_t bytes;
+  uint64_t key;
+};
+
+// Sum of mix_word over all words of all segments, plus mix64(key) per segment. Independent of `threads` (>= 1).
+uint64_t copy_and_hash(const std::vector<Segment>& segments, unsigned threads);
+
+// The instruction set that the hash runs with here: "avx512", "avx2" or "baseline".
+const char* hash_instruction_set();
+
+}  // namespace areal
