@@ -98,4 +98,129 @@ class PPOTrainer:
         self.run_folder = create_run_folder(config)
         model_folder = prepare_model(config, self.run_folder)
         self.tokenizer = load_tokenizer(model_folder)
-        self.train_dataset, self.valid_dataset = self._load_datasets()
+        self.train_dataset, self.valid_dataset = self._given_datasets
+        if self.train_dataset is None:
+            self.train_dataset = load_dataset(config.train_dataset, seed=config.seed, split="train")
+        if self.valid_dataset is None:
+            self.valid_dataset = load_validation(config)
+        self.display = self._resources.enter_context(Display(config, self.run_folder))
+        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config))
+        self._model_folder = model_folder
+        await self._start_processes()
+
+    async def _start_processes(self) -> None:
+        config = self.config
+        self.client = RolloutClient(config.rollout)
+        self._resources.push_async_callback(self.client.close)
+        self.rewards = await self._resources.enter_async_context(
+            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
+        )
+        self.servers: list[RolloutServer] = []
+        self._resources.callback(self._kill_servers)
+        async with asyncio.TaskGroup() as starting:
+            trainer = starting.create_task(TrainerHandle.start(config, self._model_folder, self.run_folder))
+            for index in range(n_servers(config.rollout.backend)):
+                starting.create_task(self._add_server(index))
+        self.trainer = trainer.result()
+        self._resources.push_async_callback(self.trainer.close)
+
+    def _kill_servers(self) -> None:
+        for server in self.servers:
+            server.process.terminate()
+
+    async def _add_server(self, index: int, restarts: int = 0) -> None:
+        """Starts a server and hands it to the client once it has the current weights."""
+        server = await start_server(self.config, self._model_folder, self.run_folder, index, restarts)
+        self.servers.append(server)
+        if self._weights is not None:
+            await self.client.update_server(server.url, self.trainer.shm_name, self._weights.version)
+        self.client.add_server(server.url, server.process)
+
+    # -- the run ---------------------------------------------------------------------------------------------------------------
+
+    async def _train(self, workflow: Any, workflow_kwargs: dict[str, Any]) -> RunTotals:
+        config, totals = self.config, self.totals
+        self.workflow = build_workflow(config, workflow, workflow_kwargs, self.tokenizer)
+        async with asyncio.TaskGroup() as tasks:
+            watchers = [tasks.create_task(self._watch_servers()), tasks.create_task(self._sync_weights())]
+            if config.warmup is not None:
+                begin = time.monotonic()
+                await self._warm_up(config.warmup)
+                totals.seconds_warmup = time.monotonic() - begin
+            await self._publish(0)
+            before = await self._evaluate("before")
+            begin = time.monotonic()
+            await self._learn(tasks)
+            totals.seconds_rl = time.monotonic() - begin
+            after = await self._evaluate("after")
+            await self.trainer.save(self.run_folder / "checkpoints" / "final")
+            for watcher in watchers:
+                watcher.cancel()
+        self._finish(before, after)
+        return totals
+
+    async def _learn(self, tasks: asyncio.TaskGroup) -> None:
+        """Reinforcement learning: generation runs in its own task, this one consumes what it makes."""
+        config, rollout = self.config, self.config.rollout
+        staleness = StalenessManager(
+            rollout.consumer_batch_size, rollout.max_head_offpolicyness, rollout.max_concurrent_rollouts, config.total_train_steps
+        )
+        self.buffer = TrajectoryBuffer(
+            rollout.consumer_batch_size, rollout.max_head_offpolicyness, mask_over_age=rollout.over_age_tokens == "mask"
+        )
+        self.runner = Runner(config, self.client, self.workflow, self.train_dataset, staleness, self.buffer, self.drops)
+        generating = tasks.create_task(self.runner.run())
+        with TrajectoryLog.maybe(self.run_folder, self.tokenizer, enabled=config.stats_logger.dump_trajectories) as log:
+            for step in range(config.total_train_steps):
+                begin = time.time()
+                groups = await self.buffer.cut(self.version, rollout.batch_timeout)
+                waited = time.time()
+                log.write(groups, step)
+                batch = await asyncio.to_thread(self._pack, groups)
+                train_stats = await self.trainer.train_step(batch)
+                await self._publish(self.version + 1)
+                await self._report_step(groups, train_stats, begin, waited)
+                self._start_side_work(tasks, step + 1)
+        generating.cancel()
+
+    def _pack(self, groups: list[Group]) -> TrainBatch:
+        actor = self.config.actor
+        return make_train_batch(
+            groups,
+            compute_advantages(groups, actor),
+            n_minibatches=actor.ppo_n_minibatches,
+            max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
+            world_size=self.trainer.world_size,
+        )
+
+    # -- weights ---------------------------------------------------------------------------------------------------------------
+
+    async def _publish(self, version: int) -> None:
+        """Into shared memory; does not wait for any reader."""
+        _, digest = await self.trainer.publish(version)
+        self.version = version
+        self._weights = Weights(version, digest)
+        self._published.set()
+
+    async def _sync_weights(self) -> None:
+        """Brings the newest published weights to every server; those published meanwhile are skipped over."""
+        while True:
+            await self._published.wait()
+            self._published.clear()
+            begin = time.time()
+            assert self._weights is not None
+            await self.client.update_weights_from_shm(self.trainer.shm_name, self._weights.version)
+            self._check_hashes(acks)
+            self.stats.span("controller", "weight_sync", begin, time.time())
+
+    async def _watch_servers(self) -> None:
+        """Replaces dead rollout servers, up to ``rollout.max_restarts`` times each."""
+        while True:
+            await asyncio.sleep(0.1)
+            for server in [s for s in self.servers if s.process.poll() is not None]:
+                self.servers.remove(server)
+                self.client.remove_server(server.url)
+                if server.restarts >= self.config.rollout.max_restarts:
+                    raise RunFailed(f"a rollout server died, after {server.restarts} replacements: {server.process.describe_death()}")
+                self.display.note(f"{server.name} died and is being replaced: {server.process.describe_death(3)}")
+                await self._add_server(server.index, server.restarts + 1)
