@@ -1,0 +1,99 @@
+"""The running sequences as arrays, so that a decode step costs a handful of numpy calls however many rows it has.
+
+Row i belongs to the sequence in K/V slot i; rows 0 .. n_rows-1 are in use, without holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal.inference.embedded.request import Sequence
+
+_INT_FIELDS = 6
+
+
+class RunningBatch:
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots = n_slots
+        self.n_rows = 0
+        self.sequences: list[Sequence] = []
+        self._ints = np.zeros((_INT_FIELDS, n_slots), dtype=np.int64)
+        self.last_token, self.position, self.n_out, self.max_new, self.min_new, self.top_k = self._ints
+        """last_token is the next one to be fed, at ``position``; so K/V below ``position`` is stored."""
+        self._floats = np.zeros((2, n_slots))
+        self.temperature, self.top_p = self._floats
+        self.seed = np.zeros(n_slots, dtype=np.uint64)
+        self.stop_ids = np.full((n_slots, 1), -1, dtype=np.int64)
+        self.out_tokens = np.zeros((n_slots, 64), dtype=np.int64)
+        self.out_logprobs = np.zeros((n_slots, 64), dtype=np.float32)
+
+    @property
+    def n_free(self) -> int:
+        return self.n_slots - self.n_rows
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the next row; its K/V is to be stored for all prompt tokens but the last."""
+        slot = self.n_rows
+        prompt, params = sequence.request.input_ids, sequence.request.params
+        self._ints[:, slot] = prompt[-1], len(prompt) - 1, 0, params.max_new_tokens, params.min_new_tokens, params.top_k
+        self._floats[:, slot] = params.temperature, params.top_p
+        self.seed[slot] = sequence.seed
+        n_stops = len(sequence.stop_ids)
+        if n_stops > self.stop_ids.shape[1]:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, n_stops - self.stop_ids.shape[1])), constant_values=-1)
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, :n_stops] = sequence.stop_ids
+        sequence.slot = slot
+        self.sequences.append(sequence)
+        self.n_rows += 1
+
+    def advance(self, tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.intp]:
+        """Records one sampled token a row; returns the rows that reached a stop token or their length."""
+        n = self.n_rows
+        n_out = self.n_out[:n]
+        if n_out.max() >= self.out_tokens.shape[1]:
+            self.out_tokens = np.pad(self.out_tokens, ((0, 0), (0, self.out_tokens.shape[1])))
+            self.out_logprobs = np.pad(self.out_logprobs, ((0, 0), (0, self.out_logprobs.shape[1])))
+        rows = np.arange(n)
+        self.out_tokens[rows, n_out] = tokens
+        self.out_logprobs[rows, n_out] = logprobs
+        self.last_token[:n] = tokens
+        self._ints[1:3, :n] += 1
+        done = (self.stop_ids[:n] == tokens[:, None]).any(axis=1)
+        done |= self.n_out[:n] >= self.max_new[:n]
+        return np.flatnonzero(done)
+
+    def stored_tokens(self, slot: int) -> list[int]:
+        """The tokens whose K/V is, or after a prefill will be, in the slot: all but the last one."""
+        prompt = self.sequences[slot].request.input_ids
+        n_out = int(self.n_out[slot])
+        return prompt[:-1] if n_out == 0 else prompt + self.out_tokens[slot, : n_out - 1].tolist()
+
+    def finish(self, slot: int) -> Sequence:
+        """Hands a row's results to its sequence; the row stays until ``drop``."""
+        sequence = self.sequences[slot]
+        sequence.n_out = n = int(self.n_out[slot])
+        sequence.output_ids = self.out_tokens[slot, :n].copy()
+        sequence.logprobs = self.out_logprobs[slot, :n].copy()
+        return sequence
+
+    def drop(self, slots: list[int]) -> Iterator[tuple[int, int, int]]:
+        """Removes rows; yields (from, to, K/V length) for every sequence that moves down to close a hole, before it moves."""
+        for slot in sorted(slots, reverse=True):
+            last = self.n_rows - 1
+            if slot != last:
+                yield last, slot, int(self.position[last])
+                n_out = self.n_out[last]
+                self._ints[:, slot] = self._ints[:, last]
+                self._floats[:, slot] = self._floats[:, last]
+                self.seed[slot] = self.seed[last]
+                self.stop_ids[slot] = self.stop_ids[last]
+                self.out_tokens[slot, :n_out] = self.out_tokens[last, :n_out]
+                self.out_logprobs[slot, :n_out] = self.out_logprobs[last, :n_out]
+                self.sequences[slot] = self.sequences[last]
+                self.sequences[slot].slot = slot
+            self.sequences.pop()
+            self.n_rows -= 1

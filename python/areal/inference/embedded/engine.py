@@ -1,0 +1,325 @@
+"""The embedded engine: continuous batching over K/V slots, with weights that change between two decode steps.
+
+One step = admit waiting sequences (prefill), decode one token for every running sequence, hand out what has finished. A sequence's
+K/V always covers all its tokens but the last, which is fed in the next decode step: the same invariant after a prefill, after a
+decode step, and after the K/V was recomputed under new weights. The engine has no threads and no locks: one thread calls it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from areal.inference.embedded.batch import RunningBatch
+from areal.inference.embedded.forward import Forward
+from areal.inference.embedded.kv_cache import DecodeContext, KVCache, PrefillContext
+from areal.inference.embedded.request import Finished, GenerateRequest, RequestError, Sequence
+from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens
+from areal.inference.embedded.scheduler import PrefillGroup, Scheduler
+from areal.models.loading import load_model
+
+UpdateMode = Literal["retract", "in_place"]
+PauseMode = Literal["abort", "retract", "in_place"]
+_MIN_ROWS = 4
+"""Deterministic mode decodes at least this many rows (see kv_cache)."""
+
+
+class EmbeddedEngine:
+    """Generates from a Hugging Face decoder-only model on one device.
+
+    Args:
+        model: a model with areal's attention, or the directory of one.
+        max_running_requests: sequences decoded at once (K/V slots).
+        max_context: longest prompt + answer in tokens; 0 = the model's own limit.
+        deterministic: an answer's bits depend on its prompt, seed and weights only (CPU, one thread).
+        update_mode: what running sequences do with their K/V at a weight update unless the update says otherwise.
+        tokenizer: needed for stop strings only.
+
+    Raises:
+        ValueError: the model is one that this engine would compute wrongly, or deterministic mode is not possible.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_running_requests: int = 64,
+        max_context: int = 0,
+        max_prefill_tokens: int = 8192,
+        deterministic: bool = False,
+        update_mode: UpdateMode = "retract",
+        tokenizer: Any = None,
+    ) -> None:
+        if max_running_requests < 1:
+            raise ValueError(f"max_running_requests is {max_running_requests}; it must be at least 1")
+        self.device = torch.device(device)
+        if deterministic and self.device.type != "cpu":
+            raise ValueError(f"deterministic mode needs device cpu, not {device}")
+        if deterministic and torch.get_num_threads() != 1:
+            raise ValueError(f"deterministic mode needs one thread, not {torch.get_num_threads()}; call torch.set_num_threads(1) first")
+        if not isinstance(model, PreTrainedModel):
+            model = load_model(model, dtype=dtype, device=self.device)
+        self.model = model
+        limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+        if max_context > limit:
+            raise ValueError(f"max_context is {max_context}, but the model's own limit is {limit} tokens; lower it")
+        self.max_context = max_context or limit
+        self.deterministic = deterministic
+        self.update_mode: UpdateMode = update_mode
+        self.tokenizer = tokenizer
+        self.version = 0
+        self.paused = False
+        self.tokens_generated = 0
+        self.prefill_tokens = 0
+        self._max_prefill_tokens = max_prefill_tokens
+        self._eos_ids = _eos_ids(model)
+        with torch.inference_mode():
+            n_slots = max(max_running_requests, _MIN_ROWS) if deterministic else max_running_requests
+            self._cache = KVCache(model, n_slots, self.max_context)
+            self._forward = Forward(model, fused=True)
+        self._batch = RunningBatch(max_running_requests)
+        self._scheduler = Scheduler(max_running_requests)
+        self._finished: list[Finished] = []
+        self._stale_kv = False
+
+    # -- requests ---------------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queues a request; its answer comes out of a later ``step``. Raises RequestError if it cannot be served."""
+        self.check(request)
+        params = request.params
+        seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed & 0xFFFFFFFFFFFFFFFF
+        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._eos_ids)
+        key = np.asarray(request.input_ids, dtype=np.int64).tobytes()
+        self._scheduler.waiting.append(Sequence(request, seed, np.array(stops, dtype=np.int64), key))
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises RequestError, in one sentence, if the request cannot be served. Any thread may call it."""
+        n, longest = len(request.input_ids), request.params.max_new_tokens
+        if n == 0:
+            raise RequestError("the prompt is empty; input_ids needs at least one token")
+        if n + longest > self.max_context:
+            raise RequestError(
+                f"the prompt has {n} tokens and max_new_tokens is {longest}: together they exceed the context of {self.max_context} tokens"
+            )
+        low, high = min(request.input_ids), max(request.input_ids)
+        if low < 0 or high >= self._forward.vocab_size:
+            raise RequestError(f"token id {low if low < 0 else high} is outside of the vocabulary of {self._forward.vocab_size} tokens")
+        if request.params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, which this model directory has not; use stop_token_ids")
+
+    def abort(self, rid: str | None) -> int:
+        """Ends the requests of this id (None: all); what they have so far comes out of the next ``step``. Returns how many."""
+        ended = self._scheduler.remove(rid)
+        slots = [s.slot for s in self._batch.sequences if rid is None or s.request.rid == rid]
+        for sequence in ended:
+            sequence.output_ids, sequence.logprobs = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        ended += [self._batch.finish(slot) for slot in slots]
+        self._finished += [_finished(s, {"type": "abort", "message": "Abort by request."}) for s in ended]
+        self._drop(slots)
+        return len(ended)
+
+    def generate(self, requests: Iterable[GenerateRequest]) -> list[Finished]:
+        """Serves these requests to the end, in process; results in their order. The engine must be idle."""
+        order = {}
+        for index, request in enumerate(requests):
+            self.submit(request)
+            order[id(request)] = index
+        results: list[Finished | None] = [None] * len(order)
+        while self.has_work:
+            for finished in self.step():
+                results[order[id(finished.request)]] = finished
+        return [result for result in results if result is not None]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a ``step`` would do anything."""
+        return bool(self._finished) or (not self.paused and bool(self._batch.n_rows or self._scheduler.waiting))
+
+    @property
+    def n_running(self) -> int:
+        return self._batch.n_rows
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    # -- interruption -----------------------------------------------------------------------------------------------------------
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stops generating. abort: requests end with what they have; retract: they will recompute their K/V; in_place: they keep it."""
+        if mode == "abort":
+            self.abort(None)
+        elif mode == "retract":
+            self._stale_kv = True
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The engine's weights by their Hugging Face names, tied ones once; written in place by updates."""
+        return {name: parameter.data for name, parameter in self.model.named_parameters()}
+
+    def update_weights(self, load: Callable[[Mapping[str, Tensor]], int], mode: UpdateMode | None = None) -> None:
+        """Takes new weights between two decode steps.
+
+        Args:
+            load: writes into the given parameters and returns the version they now have; if it raises, it must have written nothing.
+            mode: retract = running sequences recompute their K/V under the new weights; in_place = they keep it. None = the default.
+        """
+        with torch.inference_mode():
+            self.version = load(self.parameters())
+        if (mode or self.update_mode) == "retract":
+            self._stale_kv = True
+        for sequence, n_out in zip(self._batch.sequences, self._batch.n_out, strict=False):
+            sequence.mark_version(int(n_out), self.version)
+
+    # -- the step ---------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """Admits, decodes one token for every running sequence, and returns the requests that ended."""
+        if not self.paused:
+            if self._stale_kv:
+                self._recompute_kv()
+            self._admit(self._scheduler.take(self._batch.n_free, self._batch.n_rows))
+            if self._batch.n_rows:
+                self._decode()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _admit(self, groups: list[PrefillGroup]) -> None:
+        leaders: list[tuple[int, list[int]]] = []
+        for group in groups:
+            for index, sequence in enumerate(group.members):
+                self._batch.add(sequence)
+                sequence.mark_version(0, self.version)
+                sequence.cached_tokens = 0 if index == 0 else len(sequence.request.input_ids) - 1
+            leaders.append((group.members[0].slot, group.members[0].request.input_ids[:-1]))
+        self._prefill(leaders)
+        for group, (slot, tokens) in zip(groups, leaders, strict=True):
+            if tokens and len(group.members) > 1:
+                self._cache.copy(slot, [s.slot for s in group.members[1:]], len(tokens))
+
+    def _recompute_kv(self) -> None:
+        self._prefill([(slot, self._batch.stored_tokens(slot)) for slot in range(self._batch.n_rows)])
+        self._stale_kv = False
+
+    def _prefill(self, work: list[tuple[int, list[int]]]) -> None:
+        """Stores the K/V of (slot, tokens) pairs, several a forward pass; in deterministic mode one."""
+        work = [(slot, tokens) for slot, tokens in work if tokens]
+        while work:
+            n, total = 1, len(work[0][1])
+            while not self.deterministic and n < len(work) and total + len(work[n][1]) <= self._max_prefill_tokens:
+                total += len(work[n][1])
+                n += 1
+            chunk, work = work[:n], work[n:]
+            lengths = [len(tokens) for _, tokens in chunk]
+            self._cache.reserve(max(lengths) + 1)
+            context = PrefillContext(self._cache, [slot for slot, _ in chunk], lengths)
+            ids = torch.tensor([token for _, tokens in chunk for token in tokens], device=self.device)
+            self._forward.hidden(ids, context.positions, context)
+            self.prefill_tokens += total
+
+    def _decode(self) -> None:
+        batch = self._batch
+        n = batch.n_rows
+        # Padding rows use free slots, at position 0.
+        n_padded = max(n, _MIN_ROWS) if self.deterministic else n
+        batch_positions = batch.position[:n]
+        lengths = (batch_positions + 1).tolist()
+        self._cache.reserve(max(lengths))
+        ids = torch.from_numpy(_padded(batch.last_token[:n], n_padded)).to(self.device)
+        positions = torch.from_numpy(_padded(batch_positions, n_padded)).to(self.device)
+        context = DecodeContext(self._cache, positions, lengths + [1] * (n_padded - n), deterministic=self.deterministic)
+        logits = self._forward.logits(self._forward.hidden(ids, positions, context))[:n]
+        tokens, logprobs = self._sample(logits)
+        self.tokens_generated += n
+        done = batch.advance(tokens.cpu().numpy(), logprobs.cpu().numpy())
+        self._collect(done.tolist())
+
+    def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        batch, n = self._batch, logits.shape[0]
+        temperature, top_p, top_k = batch.temperature[:n], batch.top_p[:n], batch.top_k[:n]
+
+        def on_device(array: np.ndarray, needed: bool) -> Tensor | None:
+            return torch.from_numpy(array).to(self.device) if needed else None
+
+        uniforms = torch.from_numpy(keyed_uniforms(batch.seed[:n], batch.n_out[:n])).to(self.device)
+        return sample_tokens(
+            logits,
+            uniforms,
+            temperature_R=on_device(temperature.astype(np.float32), bool((temperature != 1.0).any())),
+            top_p_R=on_device(top_p, bool((top_p < 1.0).any())),
+            top_k_R=on_device(top_k, bool(top_k.any())),
+            banned_RV=self._banned(logits) if (batch.n_out[:n] < batch.min_new[:n]).any() else None,
+        )
+
+    def _banned(self, logits: Tensor) -> Tensor:
+        """bool [R, V]: the stop tokens of rows that are still below their min_new_tokens."""
+        batch, n = self._batch, logits.shape[0]
+        banned = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        for row in np.flatnonzero(batch.n_out[:n] < batch.min_new[:n]).tolist():
+            ids = batch.sequences[row].stop_ids
+            banned[row, torch.from_numpy(ids[(ids >= 0) & (ids < logits.shape[1])])] = True
+        return banned
+
+    def _collect(self, done: list[int]) -> None:
+        """Ends the rows ``done`` and those whose text now holds a stop string; tells streams about their new token."""
+        reasons: dict[int, dict[str, Any]] = {}
+        for slot in done:
+            token = int(self._batch.last_token[slot])
+            stopped = token in self._batch.sequences[slot].stop_ids
+            reasons[slot] = {"type": "stop", "matched": token} if stopped else {"type": "length", "length": int(self._batch.n_out[slot])}
+        for slot, sequence in enumerate(self._batch.sequences):
+            params = sequence.request.params
+            if params.stop and (match := self._stop_string(slot, params.stop)):
+                reasons[slot] = {"type": "stop", "matched": match}
+            if sequence.request.on_token and slot not in reasons:
+                sequence.request.on_token(self._batch.finish(slot))
+        if reasons:
+            self._finished += [_finished(self._batch.finish(slot), reason) for slot, reason in reasons.items()]
+            self._drop(list(reasons))
+
+    def _stop_string(self, slot: int, stops: tuple[str, ...]) -> str | None:
+        """The stop string that the newest token completed. Looks at a tail only: a character takes at most four tokens."""
+        n_out = int(self._batch.n_out[slot])
+        if n_out < self._batch.min_new[slot]:
+            return None
+        window = 4 * max(map(len, stops)) + 8
+        text = self.tokenizer.decode(self._batch.out_tokens[slot, max(0, n_out - window) : n_out].tolist(), skip_special_tokens=False)
+        return next((stop for stop in stops if stop in text), None)
+
+    def _drop(self, slots: list[int]) -> None:
+        for source, target, length in self._batch.drop(slots):
+            self._cache.copy(source, [target], length)
+
+
+def _padded(values: np.ndarray, n: int) -> np.ndarray:
+    return values if len(values) == n else np.pad(values, (0, n - len(values)))
+
+
+def _finished(sequence: Sequence, reason: dict[str, Any]) -> Finished:
+    assert sequence.output_ids is not None and sequence.logprobs is not None
+    versions = sequence.token_versions(len(sequence.output_ids))
+    return Finished(sequence.request, sequence.output_ids, sequence.logprobs, versions, reason, sequence.cached_tokens)
+
+
+def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The model's end-of-sequence tokens: those of its generation config, else of its config."""
+    generation = getattr(model, "generation_config", None)
+    eos = generation.eos_token_id if generation is not None and generation.eos_token_id is not None else model.config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
