@@ -1,22 +1,23 @@
 """One tree of configuration classes; YAML files and ``key=value`` overrides build it, nothing changes it afterwards.
 
-Every key has one default, here. Errors are one sentence naming the key and the way out (``ConfigError``).
-Importing this module does not import torch.
+Every key has one default, here; ``config_load.py`` reads files and overrides, ``config_check.py`` looks across keys.
+Errors are one sentence naming the key and the way out (``ConfigError``). Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration, told in one sentence."""
+    """A mistake in a configuration: one sentence that names the key, and a hint that says what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.message = message
+        self.hint = hint
 
 
 class _Node(BaseModel):
@@ -51,6 +52,11 @@ class GenerationConfig(_Node):
     """Tokens that end an answer, besides the model's end-of-sequence token."""
     ignore_eos: bool = False
     """Go on after end-of-sequence, up to max_new_tokens."""
+
+    def new_with_stop_and_pad_token_ids(self, tokenizer: Any) -> Self:
+        """A copy that also stops at the tokenizer's end-of-sequence and padding tokens."""
+        extra = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i not in self.stop_token_ids]
+        return self.new(stop_token_ids=[*self.stop_token_ids, *dict.fromkeys(extra)])
 
     @model_validator(mode="after")
     def _check(self) -> Self:

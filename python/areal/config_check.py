@@ -1,0 +1,189 @@
+"""Combinations of keys that cannot work, found before anything is started.
+
+``check_config`` looks at the configuration alone, ``check_machine`` at the files and GPUs that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig
+from areal.launcher.gpus import count_gpus
+
+
+def parse_backend(key: str, value: str, engine: str) -> int:
+    """N of ``<engine>:dN``."""
+    match = re.fullmatch(r"([a-z]+):([a-z]\d+)*", value)
+    if match is None:
+        raise ConfigError(f"{key}='{value}' is not a backend", f"write {engine}:d1, or {engine}:dN for N of them")
+    if match.group(1) != engine:
+        raise ConfigError(f"{key}='{value}': the backend '{match.group(1)}' is not known here", f"use {engine}:dN")
+    layout = value.partition(":")[2]
+    if (size := re.fullmatch(r"d([1-9]\d*)", layout)) is None:
+        raise ConfigError(f"{key}='{value}': '{layout}' is not a layout of {engine}", f"use {engine}:dN with N of 1 or more; only data parallelism is known")
+    return int(size.group(1))
+
+
+def check_config(config: GRPOConfig) -> None:
+    """Raises ``ConfigError`` for keys that do not fit together."""
+    parse_backend("rollout.backend", config.rollout.backend, "embedded")
+    n_ranks = parse_backend("actor.backend", config.actor.backend, "fsdp")
+    _check_batch(config, n_ranks)
+    _check_lengths(config)
+    _check_sampling(config)
+    _check_loss(config)
+    _check_times(config)
+    if config.deterministic:
+        _check_deterministic(config)
+    if config.reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", config.reward_fn):
+        raise ConfigError(f"reward_fn='{config.reward_fn}' is not an import path", "write package.module:function")
+    for key in ("rollout.device", "actor.device"):
+        device = getattr(config.rollout if key.startswith("rollout") else config.actor, "device")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ConfigError(f"{key}='{device}' is not a device", "use auto, cpu, cuda or cuda:N")
+
+
+def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
+    batch, n_minibatches = config.rollout.consumer_batch_size, config.actor.ppo_n_minibatches
+    if batch % n_minibatches:
+        near = [n for n in range(1, batch + 1) if batch % n == 0]
+        best = min(near, key=lambda n: abs(n - n_minibatches))
+        raise ConfigError(
+            f"rollout.consumer_batch_size={batch} groups cannot be cut into actor.ppo_n_minibatches={n_minibatches} equal parts",
+            f"set actor.ppo_n_minibatches={best}, or rollout.consumer_batch_size={max(1, round(batch / n_minibatches)) * n_minibatches}",
+        )
+    samples = batch // n_minibatches * config.gconfig.n_samples
+    if samples < n_ranks:
+        raise ConfigError(
+            f"a PPO mini-batch has {samples} samples, fewer than the {n_ranks} ranks of actor.backend='{config.actor.backend}'",
+            "raise rollout.consumer_batch_size or gconfig.n_samples, or lower actor.ppo_n_minibatches",
+        )
+
+
+def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
+    """Tokens of the longest prompt and the longest answer together."""
+    return dataset.max_prompt_len + gconfig.max_new_tokens
+
+
+def _check_lengths(config: GRPOConfig) -> None:
+    longest = longest_sequence(config.train_dataset, config.gconfig)
+    sum_text = f"train_dataset.max_prompt_len={config.train_dataset.max_prompt_len} + gconfig.max_new_tokens={config.gconfig.max_new_tokens}"
+    capacity = config.actor.mb_spec.max_tokens_per_mb
+    if longest > capacity:
+        raise ConfigError(
+            f"actor.mb_spec.max_tokens_per_mb={capacity} cannot hold the longest sequence of {longest} tokens ({sum_text})",
+            f"set actor.mb_spec.max_tokens_per_mb={longest} or more, or shorten prompts or answers",
+        )
+    if 0 < config.rollout.max_context < longest:
+        raise ConfigError(
+            f"rollout.max_context={config.rollout.max_context} is shorter than the longest sequence of {longest} tokens ({sum_text})",
+            f"set rollout.max_context={longest}, or 0 for the model's own limit",
+        )
+    if config.actor.init_from_scratch is not None:
+        _check_model_limit(config, config.actor.init_from_scratch, "actor.init_from_scratch")
+
+
+def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
+    if not isinstance(model.get("model_type"), str):
+        raise ConfigError(f"{where} has no model_type", "name a Hugging Face architecture, e.g. model_type: qwen2")
+    limit = model.get("max_position_embeddings")
+    needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
+    if config.evaluator.gconfig is not None:
+        needs["evaluator.gconfig"] = longest_sequence(config.valid_dataset or config.train_dataset, config.evaluator.gconfig)
+    for key, longest in needs.items():
+        if isinstance(limit, int) and longest > limit:
+            raise ConfigError(
+                f"the model of {where} takes {limit} tokens (max_position_embeddings), but max_prompt_len + {key}.max_new_tokens is {longest}",
+                f"lower {key}.max_new_tokens or train_dataset.max_prompt_len",
+            )
+
+
+def _check_sampling(config: GRPOConfig) -> None:
+    gconfig = config.gconfig
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(gconfig, key) != off:
+            raise ConfigError(
+                f"gconfig.{key}={getattr(gconfig, key)} cuts the distribution that training needs whole",
+                f"leave gconfig.{key} at {off}; evaluator.gconfig may set it",
+            )
+    if gconfig.temperature == 0:
+        raise ConfigError("gconfig.temperature=0 always gives the same answer, so there is nothing to learn from", "use 1.0")
+    norm = config.actor.reward_norm
+    if gconfig.n_samples == 1 and norm is not None and norm.mean_level == "group":
+        raise ConfigError(
+            "gconfig.n_samples=1 with actor.reward_norm.mean_level='group' makes every advantage 0",
+            "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
+        )
+
+
+def _check_loss(config: GRPOConfig) -> None:
+    actor = config.actor
+    if actor.behav_imp_weight_cap is not None and not actor.use_decoupled_loss:
+        raise ConfigError(
+            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has", "set actor.use_decoupled_loss=true, or remove the cap"
+        )
+    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
+        raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
+
+
+def _check_times(config: GRPOConfig) -> None:
+    rollout = config.rollout
+    if rollout.batch_timeout < rollout.episode_timeout:
+        raise ConfigError(
+            f"rollout.batch_timeout={rollout.batch_timeout:g} s ends the run before an episode has used its rollout.episode_timeout={rollout.episode_timeout:g} s",
+            "raise the first or lower the second",
+        )
+
+
+def _check_deterministic(config: GRPOConfig) -> None:
+    for key, threads in (("rollout.threads", config.rollout.threads), ("actor.threads", config.actor.threads)):
+        if threads != 1:
+            raise ConfigError(f"deterministic=true needs {key}=1, not {threads}", f"set {key}=1, or deterministic=false")
+    for key, device in (("rollout.device", config.rollout.device), ("actor.device", config.actor.device)):
+        if device not in ("cpu", "auto"):
+            raise ConfigError(f"deterministic=true runs on the CPU only, but {key}='{device}'", f"set {key}=cpu, or deterministic=false")
+        if device == "auto" and count_gpus() > 0:
+            raise ConfigError(f"deterministic=true runs on the CPU only, and {key}='auto' takes the GPU of this machine", f"set {key}=cpu")
+
+
+def check_machine(config: GRPOConfig) -> None:
+    """Raises ``ConfigError`` for a model, data file or GPU that the configuration needs and this machine does not have."""
+    _check_gpus(config)
+    if config.actor.path:
+        check_model_dir("actor.path", config.actor.path, config)
+    for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
+        if dataset is not None and dataset.type == "jsonl" and not Path(dataset.path).is_file():
+            raise ConfigError(f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}")
+
+
+def _check_gpus(config: GRPOConfig) -> None:
+    n_gpus = count_gpus()
+    for key, device in (("actor.device", config.actor.device), ("rollout.device", config.rollout.device)):
+        if device.startswith("cuda") and n_gpus == 0:
+            raise ConfigError(f"{key}='{device}', but there is no GPU that torch can use here", f"set {key}=cpu; `areal doctor` says what is missing")
+    n_ranks = parse_backend("actor.backend", config.actor.backend, "fsdp")
+    if config.actor.device != "cpu" and 0 < n_gpus < n_ranks:
+        raise ConfigError(
+            f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",
+            f"set actor.backend=fsdp:d{n_gpus}, or actor.device=cpu",
+        )
+
+
+def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> None:
+    """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``."""
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        way_out = f"`hf download {path} --local-dir DIR` and {key}=DIR" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "give the folder of a Hugging Face model"
+        raise ConfigError(f"{key}: there is no folder '{path}'", f"models are read from folders: {way_out}")
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: the folder '{path}' has no config.json", "give the folder of a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: '{file}' cannot be read: {error}", "give the folder of a Hugging Face model") from None
+    if config is not None:
+        _check_model_limit(config, model, key)
