@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PARENT_VARIABLE = "AREAL_PARENT_PID"
+IMPORTING_MAIN_VARIABLE = "AREAL_IMPORTING_MAIN"
+"""Set while a worker imports the user's script to find its functions: that import must not start a second run."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,7 +48,17 @@ def _watch_parent(parent: int) -> None:
 class ChildProcess:
     """A started process. ``argv`` after the interpreter: ``["-m", "module", ...]`` runs with this Python."""
 
-    def __init__(self, name: str, argv: Sequence[str], log_path: Path, env: Mapping[str, str] | None = None, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        if IMPORTING_MAIN_VARIABLE in os.environ:
+            raise RuntimeError("the training script started again while a worker imported it; put its start under if __name__ == '__main__':")
         self.name = name
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +66,7 @@ class ChildProcess:
         with log_path.open("ab") as log:
             # Own session: Ctrl-C reaches the controller only, which then ends its children in order.
             self._process = subprocess.Popen(
-                [python, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                [python, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True, pass_fds=pass_fds
             )
 
     @property

@@ -1,0 +1,115 @@
+"""A process that scores answers: frames in, frames out, one score at a time.
+
+Kept light on purpose (no numpy, no torch): it starts in a blink and is killed without a thought when a score hangs.
+A frame is a little-endian uint32 length and a pickle. The parent's first frame tells where modules are found; the worker
+answers with one frame when it is ready, then with one frame (status, value, seconds) for every (function, args, kwargs).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import socket
+import struct
+import sys
+import time
+from typing import Any, BinaryIO
+
+FRAME_HEADER = struct.Struct("<I")
+
+OK, RAISED, BAD_VALUE = 0, 1, 2
+
+
+class BadScore(ValueError):
+    """A reward function returned something that is not a finite number."""
+
+
+def check_score(value: object) -> float:
+    """The score as a float.
+
+    Raises:
+        BadScore: not a number (strings included), NaN or infinite.
+    """
+    if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
+        raise BadScore(
+            f"a reward must be a finite number, got {type(value).__name__} {str(value)[:80]!r}"
+        )
+    try:
+        score = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:  # arrays of several elements
+        raise BadScore(
+            f"a reward must be one finite number, got {type(value).__name__}: {error}"
+        ) from error
+    if not math.isfinite(score):
+        raise BadScore(f"a reward must be a finite number, got {score}")
+    return score
+
+
+def encode_frame(message: Any) -> bytes:
+    payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return FRAME_HEADER.pack(len(payload)) + payload
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: type, text, and where in the user's file it happened."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = (
+        ""
+        if trace is None
+        else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
+    )
+    return f"{type(error).__name__}: {str(error)[:300]}{where}"
+
+
+def _score(payload: bytes) -> tuple[int, float | str]:
+    try:
+        function, args, kwargs = pickle.loads(payload)
+        return OK, check_score(function(*args, **kwargs))
+    except BadScore as error:
+        return BAD_VALUE, str(error)
+    except BaseException as error:  # noqa: BLE001 - boundary to the user's code: whatever it raises, sys.exit included, is one failed score
+        return RAISED, describe_error(error)
+
+
+def _read_frame(stream: BinaryIO) -> bytes | None:
+    header = stream.read(FRAME_HEADER.size)
+    if len(header) < FRAME_HEADER.size:
+        return None
+    return stream.read(FRAME_HEADER.unpack(header)[0])
+
+
+def _prepare(preparation: dict[str, Any]) -> None:
+    """Find the parent's modules, its main script included (functions defined there pickle as __main__.name)."""
+    import multiprocessing.spawn
+
+    from areal.launcher.local import IMPORTING_MAIN_VARIABLE
+
+    os.environ[IMPORTING_MAIN_VARIABLE] = "1"
+    multiprocessing.spawn.prepare(preparation)
+    del os.environ[IMPORTING_MAIN_VARIABLE]
+
+
+def main(fd: int) -> None:
+    from areal.launcher.local import die_with_parent
+
+    die_with_parent()
+    connection = socket.socket(fileno=fd)
+    stream = connection.makefile("rb")
+    first = _read_frame(stream)
+    if first is None:
+        return
+    _prepare(pickle.loads(first))
+    connection.sendall(encode_frame(os.getpid()))
+    while (payload := _read_frame(stream)) is not None:
+        begin = time.perf_counter()
+        status, value = _score(payload)
+        sys.stdout.flush()
+        try:
+            connection.sendall(
+                encode_frame((status, value, time.perf_counter() - begin))
+            )
+        except (BrokenPipeError, ConnectionResetError):  # the controller is gone
+            return
