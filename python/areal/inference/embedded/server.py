@@ -46,9 +46,11 @@ def _load_tokenizer(path: str) -> Any:
 
 def build_engine(args: argparse.Namespace) -> EmbeddedEngine:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from areal.inference.embedded.engine import EmbeddedEngine
 
+    disable_progress_bar()
     torch.set_num_threads(args.threads)
     return EmbeddedEngine(
         args.model,
