@@ -6,11 +6,12 @@ Row i belongs to the sequence in K/V slot i; rows 0 .. n_rows-1 are in use, with
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal.inference.embedded.request import Sequence
+from areal.inference.embedded.request import Answer, Sequence
 
 _INT_FIELDS = 6
 
@@ -72,13 +73,10 @@ class RunningBatch:
         n_out = int(self.n_out[slot])
         return prompt[:-1] if n_out == 0 else prompt + self.out_tokens[slot, : n_out - 1].tolist()
 
-    def finish(self, slot: int) -> Sequence:
-        """Hands a row's results to its sequence; the row stays until ``drop``."""
-        sequence = self.sequences[slot]
-        sequence.n_out = n = int(self.n_out[slot])
-        sequence.output_ids = self.out_tokens[slot, :n].copy()
-        sequence.logprobs = self.out_logprobs[slot, :n].copy()
-        return sequence
+    def answer(self, slot: int, reason: dict[str, Any] | None) -> Answer:
+        """What the row has generated so far, copied."""
+        n = int(self.n_out[slot])
+        return self.sequences[slot].answer(self.out_tokens[slot, :n].copy(), self.out_logprobs[slot, :n].copy(), reason)
 
     def drop(self, slots: list[int]) -> Iterator[tuple[int, int, int]]:
         """Removes rows; yields (from, to, K/V length) for every sequence that moves down to close a hole, before it moves."""

@@ -8,7 +8,6 @@ decode step, and after the K/V was recomputed under new weights. The engine has 
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from areal.inference.embedded.batch import RunningBatch
 from areal.inference.embedded.forward import Forward
 from areal.inference.embedded.kv_cache import DecodeContext, KVCache, PrefillContext
-from areal.inference.embedded.request import Finished, GenerateRequest, RequestError, Sequence
+from areal.inference.embedded.request import Answer, GenerateRequest, RequestError, Sequence
 from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens
 from areal.inference.embedded.scheduler import PrefillGroup, Scheduler
 from areal.models.loading import load_model
@@ -89,7 +88,7 @@ class EmbeddedEngine:
             self._forward = Forward(model, fused=True)
         self._batch = RunningBatch(max_running_requests)
         self._scheduler = Scheduler(max_running_requests)
-        self._finished: list[Finished] = []
+        self._finished: list[Answer] = []
         self._stale_kv = False
 
     # -- requests ---------------------------------------------------------------------------------------------------------------
@@ -120,22 +119,21 @@ class EmbeddedEngine:
 
     def abort(self, rid: str | None) -> int:
         """Ends the requests of this id (None: all); what they have so far comes out of the next ``step``. Returns how many."""
-        ended = self._scheduler.remove(rid)
+        reason = {"type": "abort", "message": "Aborted by request."}
+        waiting = self._scheduler.remove(rid)
         slots = [s.slot for s in self._batch.sequences if rid is None or s.request.rid == rid]
-        for sequence in ended:
-            sequence.output_ids, sequence.logprobs = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-        ended += [self._batch.finish(slot) for slot in slots]
-        self._finished += [_finished(s, {"type": "abort", "message": "Abort by request."}) for s in ended]
+        self._finished += [s.answer(np.zeros(0, np.int64), np.zeros(0, np.float32), reason) for s in waiting]
+        self._finished += [self._batch.answer(slot, reason) for slot in slots]
         self._drop(slots)
-        return len(ended)
+        return len(waiting) + len(slots)
 
-    def generate(self, requests: Iterable[GenerateRequest]) -> list[Finished]:
+    def generate(self, requests: Iterable[GenerateRequest]) -> list[Answer]:
         """Serves these requests to the end, in process; results in their order. The engine must be idle."""
         order = {}
         for index, request in enumerate(requests):
             self.submit(request)
             order[id(request)] = index
-        results: list[Finished | None] = [None] * len(order)
+        results: list[Answer | None] = [None] * len(order)
         while self.has_work:
             for finished in self.step():
                 results[order[id(finished.request)]] = finished
@@ -188,7 +186,7 @@ class EmbeddedEngine:
     # -- the step ---------------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[Finished]:
+    def step(self) -> list[Answer]:
         """Admits, decodes one token for every running sequence, and returns the requests that ended."""
         if not self.paused:
             if self._stale_kv:
@@ -287,9 +285,9 @@ class EmbeddedEngine:
             if params.stop and (match := self._stop_string(slot, params.stop)):
                 reasons[slot] = {"type": "stop", "matched": match}
             if sequence.request.on_token and slot not in reasons:
-                sequence.request.on_token(self._batch.finish(slot))
+                sequence.request.on_token(self._batch.answer(slot, None))
         if reasons:
-            self._finished += [_finished(self._batch.finish(slot), reason) for slot, reason in reasons.items()]
+            self._finished += [self._batch.answer(slot, reason) for slot, reason in reasons.items()]
             self._drop(list(reasons))
 
     def _stop_string(self, slot: int, stops: tuple[str, ...]) -> str | None:
@@ -308,12 +306,6 @@ class EmbeddedEngine:
 
 def _padded(values: np.ndarray, n: int) -> np.ndarray:
     return values if len(values) == n else np.pad(values, (0, n - len(values)))
-
-
-def _finished(sequence: Sequence, reason: dict[str, Any]) -> Finished:
-    assert sequence.output_ids is not None and sequence.logprobs is not None
-    versions = sequence.token_versions(len(sequence.output_ids))
-    return Finished(sequence.request, sequence.output_ids, sequence.logprobs, versions, reason, sequence.cached_tokens)
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:

@@ -53,13 +53,13 @@ class GenerateRequest:
     input_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     rid: str = ""
-    on_token: Callable[[Sequence], None] | None = None
-    """Called by the engine after every step that added a token (streaming)."""
+    on_token: Callable[[Answer], None] | None = None
+    """Called by the engine after every step that added a token but the last (streaming)."""
 
 
 @dataclass(slots=True)
-class Finished:
-    """A finished, or aborted, answer; the arrays have one entry per generated token."""
+class Answer:
+    """What was generated so far, or in the end; the arrays have one entry per generated token."""
 
     request: GenerateRequest
     output_ids: NDArray[np.int64]
@@ -67,8 +67,8 @@ class Finished:
     """log_softmax(logits / temperature) at the sampled token, untruncated."""
     versions: NDArray[np.int64]
     """Weight version that sampled each token."""
-    finish_reason: dict[str, Any]
-    """SGLang's: {"type": "stop", "matched": id or string}, {"type": "length", "length": n} or {"type": "abort", "message": ...}."""
+    finish_reason: dict[str, Any] | None
+    """None while it goes on, else SGLang's: {"type": "stop", "matched": id or string}, {"type": "length", "length": n} or {"type": "abort", "message": ...}."""
     cached_tokens: int = 0
     """Prompt tokens whose K/V was copied from another sequence of the same prompt."""
 
@@ -87,10 +87,6 @@ class Sequence:
     cached_tokens: int = 0
     version_starts: list[tuple[int, int]] = field(default_factory=list)
     """(index of the first answer token, version) of every stretch sampled by one version."""
-    n_out: int = 0
-    """Answer tokens so far; only kept current where ``on_token`` is set and when the sequence ends."""
-    output_ids: NDArray[np.int64] | None = None
-    logprobs: NDArray[np.float32] | None = None
 
     def mark_version(self, start: int, version: int) -> None:
         """Tokens from answer position ``start`` on are sampled by ``version``."""
@@ -98,8 +94,8 @@ class Sequence:
             self.version_starts.pop()
         self.version_starts.append((start, version))
 
-    def token_versions(self, n_tokens: int) -> NDArray[np.int64]:
-        versions = np.empty(n_tokens, dtype=np.int64)
+    def answer(self, output_ids: NDArray[np.int64], logprobs: NDArray[np.float32], reason: dict[str, Any] | None) -> Answer:
+        versions = np.empty(len(output_ids), dtype=np.int64)
         for start, version in self.version_starts:
             versions[start:] = version
-        return versions
+        return Answer(self.request, output_ids, logprobs, versions, reason, self.cached_tokens)
