@@ -104,13 +104,17 @@ class OptimizerConfig(_Node):
     """AdamW, or Muon on the matrices of the layers with AdamW on the rest."""
 
     type: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices inside the layers (AdamW for the rest)."""
     lr: float = Field(2e-5, gt=0)
     """AdamW's learning rate."""
     muon_lr: float = Field(1e-3, gt=0)
     """Muon's learning rate (type: muon)."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the two moments."""
     eps: float = Field(1e-5, gt=0)
+    """AdamW's eps."""
     weight_decay: float = Field(0.05, ge=0)
+    """Decoupled, per unit of learning rate."""
     gradient_clipping: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
     warmup_steps: int = Field(0, ge=0)
@@ -118,6 +122,8 @@ class OptimizerConfig(_Node):
 
 
 class MicrobatchConfig(_Node):
+    """How a batch is cut into forward passes."""
+
     max_tokens_per_mb: int = Field(16384, ge=1)
     """Tokens of a packed micro-batch at most."""
 
@@ -126,8 +132,11 @@ class NormConfig(_Node):
     """x -> (x - mean) / (std + eps), over a group or the batch."""
 
     mean_level: Literal["group", "batch", "none"] = "group"
+    """What the mean is taken over; none subtracts nothing."""
     std_level: Literal["group", "batch", "none"] = "group"
+    """What the standard deviation is taken over; none divides by nothing."""
     eps: float = Field(1e-5, gt=0)
+    """Added to the standard deviation."""
 
 
 class ActorConfig(_Node):
@@ -140,6 +149,7 @@ class ActorConfig(_Node):
     backend: str = "fsdp:d1"
     """fsdp:dN = N data-parallel ranks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations, on both sides."""
     device: str = "auto"
     """auto, cpu or cuda (rank r uses device r)."""
     threads: int = Field(1, ge=1)
@@ -151,6 +161,7 @@ class ActorConfig(_Node):
     ppo_n_minibatches: int = Field(1, ge=1)
     """Optimizer steps per batch."""
     eps_clip: float = Field(0.2, gt=0, lt=1)
+    """PPO clip range of the ratio current / proximal, [1 - eps_clip, 1 + eps_clip]."""
     eps_clip_higher: float | None = Field(None, gt=0)
     """Upper clip range; none = eps_clip (clip-higher of DAPO)."""
     c_clip: float | None = Field(None, gt=1)
@@ -164,8 +175,9 @@ class ActorConfig(_Node):
     behav_filter_cap: float | None = Field(None, gt=1)
     """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap]; none = off."""
     reward_scaling: float = 1.0
-    reward_bias: float = 0.0
     """r -> (r + reward_bias) * reward_scaling."""
+    reward_bias: float = 0.0
+    """Added to every reward before it is scaled."""
     reward_norm: NormConfig | None = Field(default_factory=NormConfig)
     """Normalisation of rewards into advantages; null = none."""
     adv_norm: NormConfig | None = None
@@ -190,15 +202,19 @@ class DatasetConfig(_Node):
     """Where prompts come from."""
 
     type: Literal["arithmetic", "jsonl", "huggingface"] = "jsonl"
+    """arithmetic is generated, jsonl a file, huggingface a data set of the `datasets` library."""
     path: str = ""
     """JSONL file, or the name or folder of a Hugging Face data set."""
     split: str = "train"
+    """huggingface: which split."""
     prompt_key: str = "question"
     """Column with the prompt (a string, chat messages, or token ids)."""
     answer_key: str = "answer"
+    """Column with the reference answer; it is given to the reward function like every other column."""
     chat_template: bool = True
     """Put the prompt through the tokenizer's chat template (if it has one)."""
     shuffle: bool = True
+    """A new order every epoch, from the seed."""
     max_prompt_len: int = Field(1024, ge=1)
     """Tokens; a longer prompt is dropped and counted."""
     limit: int = Field(0, ge=0)
@@ -225,6 +241,7 @@ class SFTConfig(_Node):
     batch_size: int = Field(32, ge=1)
     """Demonstrations per step."""
     total_steps: int = Field(1400, ge=1)
+    """Optimizer steps at most."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     lr_end: float = Field(0.15, ge=0, le=1)
     """The rates fall linearly to this share of their start over total_steps."""
@@ -233,13 +250,18 @@ class SFTConfig(_Node):
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """When generated answers (forced_prefix first) reach this accuracy, cool down and stop; null = run all steps."""
     eval_samples: int = Field(192, ge=1)
+    """Prompts of one check."""
     forced_prefix: str = ""
     """Text that evaluation answers must begin with: 'thinking' answers only (arithmetic fills in its own)."""
     cooldown_steps: int = Field(150, ge=1)
+    """Steps from the moment that accuracy is reached to the end."""
     cooldown_lr_end: float = Field(0.05, ge=0, le=1)
+    """The rates fall linearly to this share of their start during the cool-down."""
 
 
 class SaverConfig(_Node):
+    """Checkpoints."""
+
     every_steps: int = Field(0, ge=0)
     """Train steps between Hugging Face checkpoints; 0 = only at the end."""
     keep: int = Field(2, ge=1)
@@ -247,6 +269,8 @@ class SaverConfig(_Node):
 
 
 class EvaluatorConfig(_Node):
+    """Accuracy on held-out prompts."""
+
     every_steps: int = Field(0, ge=0)
     """Train steps between evaluations; 0 = only before and after."""
     n_prompts: int = Field(512, ge=0)
@@ -256,9 +280,12 @@ class EvaluatorConfig(_Node):
 
 
 class StatsLoggerConfig(_Node):
+    """What a run writes down."""
+
     fileroot: str = "runs"
     """Runs go to fileroot/experiment_name/trial_name."""
     tensorboard: bool = True
+    """Write event files for TensorBoard."""
     dump_trajectories: bool = False
     """Write every consumed batch as JSONL."""
     logprob_drift_bound: float = Field(1e-4, gt=0)
@@ -266,6 +293,8 @@ class StatsLoggerConfig(_Node):
 
 
 class RewardConfig(_Node):
+    """Scoring of answers."""
+
     workers: int = Field(1, ge=1)
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
@@ -276,11 +305,15 @@ class GRPOConfig(_Node):
     """A whole run."""
 
     experiment_name: str = Field("areal", pattern=r"^[A-Za-z0-9._-]+$")
+    """First folder of the run under stats_logger.fileroot."""
     trial_name: str = Field("trial", pattern=r"^[A-Za-z0-9._-]+$")
+    """Second folder of the run."""
     seed: int = 0
+    """Of weights, data order and sampling."""
     deterministic: bool = False
     """Bit-for-bit repeatable (embedded engine on the CPU, one thread a process)."""
     total_train_steps: int = Field(100, ge=1)
+    """Train steps of reinforcement learning."""
     reward_fn: str = ""
     """Import path of the reward function, package.module:name; empty = that of the data set."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)

@@ -41,10 +41,12 @@ def check_config(config: GRPOConfig) -> None:
         _check_deterministic(config)
     if config.reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", config.reward_fn):
         raise ConfigError(f"reward_fn='{config.reward_fn}' is not an import path", "write package.module:function")
-    for key in ("rollout.device", "actor.device"):
-        device = getattr(config.rollout if key.startswith("rollout") else config.actor, "device")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ConfigError(f"{key}='{device}' is not a device", "use auto, cpu, cuda or cuda:N")
+    for key, device in _devices(config).items():
+        _check_device_name(key, device)
+
+
+def _devices(config: GRPOConfig) -> dict[str, str]:
+    return {"rollout.device": config.rollout.device, "actor.device": config.actor.device}
 
 
 def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
@@ -143,7 +145,7 @@ def _check_deterministic(config: GRPOConfig) -> None:
     for key, threads in (("rollout.threads", config.rollout.threads), ("actor.threads", config.actor.threads)):
         if threads != 1:
             raise ConfigError(f"deterministic=true needs {key}=1, not {threads}", f"set {key}=1, or deterministic=false")
-    for key, device in (("rollout.device", config.rollout.device), ("actor.device", config.actor.device)):
+    for key, device in _devices(config).items():
         if device not in ("cpu", "auto"):
             raise ConfigError(f"deterministic=true runs on the CPU only, but {key}='{device}'", f"set {key}=cpu, or deterministic=false")
         if device == "auto" and count_gpus() > 0:
@@ -156,15 +158,14 @@ def check_machine(config: GRPOConfig) -> None:
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
-        if dataset is not None and dataset.type == "jsonl" and not Path(dataset.path).is_file():
+        if dataset is not None and dataset.type == "jsonl" and not Path(dataset.path).expanduser().is_file():
             raise ConfigError(f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}")
 
 
 def _check_gpus(config: GRPOConfig) -> None:
+    for key, device in _devices(config).items():
+        check_device(key, device)
     n_gpus = count_gpus()
-    for key, device in (("actor.device", config.actor.device), ("rollout.device", config.rollout.device)):
-        if device.startswith("cuda") and n_gpus == 0:
-            raise ConfigError(f"{key}='{device}', but there is no GPU that torch can use here", f"set {key}=cpu; `areal doctor` says what is missing")
     n_ranks = parse_backend("actor.backend", config.actor.backend, "fsdp")
     if config.actor.device != "cpu" and 0 < n_gpus < n_ranks:
         raise ConfigError(
@@ -173,10 +174,27 @@ def _check_gpus(config: GRPOConfig) -> None:
         )
 
 
+def _check_device_name(key: str, device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"{key}='{device}' is not a device", "use auto, cpu, cuda or cuda:N")
+
+
+def check_device(key: str, device: str) -> None:
+    """Whether this machine has the device."""
+    _check_device_name(key, device)
+    if not device.startswith("cuda"):
+        return
+    n_gpus = count_gpus()
+    if n_gpus == 0:
+        raise ConfigError(f"{key}='{device}', but there is no GPU that torch can use here", f"set {key}=cpu; `areal doctor` says what is missing")
+    if int(device.partition(":")[2] or 0) >= n_gpus:
+        raise ConfigError(f"{key}='{device}', but the GPUs of this machine are cuda:0 to cuda:{n_gpus - 1}", f"set {key}=cuda:0")
+
+
 def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> None:
     """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``."""
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
+    file = Path(path).expanduser() / "config.json"
+    if not file.parent.is_dir():
         way_out = f"`hf download {path} --local-dir DIR` and {key}=DIR" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "give the folder of a Hugging Face model"
         raise ConfigError(f"{key}: there is no folder '{path}'", f"models are read from folders: {way_out}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -263,6 +264,31 @@ def all_keys(config_class: type[BaseModel] = GRPOConfig, prefix: str = "") -> It
             yield from all_keys(inner, f"{prefix}{name}.")
 
 
+def list_keys(config_class: type[BaseModel] = GRPOConfig) -> str:
+    """Every key with its default and meaning, for reading."""
+    lines = []
+    for key, field in all_keys(config_class):
+        meaning = " ".join((field.description or "").split())
+        inner = _submodel(field.annotation)
+        if inner is not None:
+            meaning = meaning or " ".join((inner.__doc__ or "").split())
+            lines.append(f"\n{key}{'' if field.default is not None else ' = null'}{'  # ' + meaning if meaning else ''}")
+            continue
+        default = "" if field.is_required() else f" = {_flow(field.get_default(call_default_factory=True))}"
+        lines.append(f"{key}{default}{'  # ' + meaning if meaning else ''}")
+    return "\n".join(lines)
+
+
+def _flow(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The whole configuration with its defaults, as the file that would give it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def _did_you_mean(key: str, config_class: type[BaseModel]) -> str:
     section, _, name = key.rpartition(".")
     keys = [k for k, _ in all_keys(config_class)]
@@ -282,12 +308,13 @@ def _close(value: str, options: list[str]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = f"'{value}'" if isinstance(value, str) else {None: "null", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else _kind(value)
+    if isinstance(value, str):
+        text = f"'{value}'"
+    elif value is None or isinstance(value, (bool, int, float)):
+        text = json.dumps(value)
+    else:
+        text = _kind(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float))
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,217 @@
+"""The command line: ``areal train | serve | eval | doctor | report``.
+
+Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
+with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in the same form as all others."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # argparse's own never returns either
+        _print_error(message, f"see `{self.prog} --help`")
+        sys.exit(EXIT_USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="areal", description="Fully asynchronous reinforcement learning for language models.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    train = commands.add_parser(
+        "train",
+        usage="areal train CONFIG [key=value ...]",
+        help="train a model as a config file says",
+        description="Train a model. The run's folder gets metrics, timeline, checkpoints and summary.json, whose path is the last line printed.",
+    )
+    train.add_argument(
+        "words",
+        metavar="CONFIG [key=value ...]",
+        nargs="*",
+        default=[],
+        help="a YAML file, e.g. examples/arithmetic.yaml, and changes to its keys, e.g. rollout.max_head_offpolicyness=4",
+    )
+    train.add_argument("--config", metavar="FILE", help=argparse.SUPPRESS)  # how AReaL's scripts name the file
+    train.add_argument("--check", action="store_true", help="check the configuration, print it in full and stop")
+    train.add_argument("--keys", action="store_true", help="list every key with its default and meaning and stop")
+
+    serve = commands.add_parser("serve", help="serve a model over SGLang's HTTP protocol", description="Serve a model with the embedded engine.")
+    serve.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=30000, help="0 takes a free one")
+    serve.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    serve.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    serve.add_argument("--max-running-requests", type=int, default=64, metavar="N", help="sequences decoded at once")
+    serve.add_argument("--max-context", type=int, default=0, metavar="N", help="longest prompt + answer in tokens; 0 = the model's limit")
+    serve.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
+    serve.add_argument("--update-mode", choices=["retract", "in_place"], default="retract", help="KV of running sequences at a weight update")
+    serve.add_argument("--deterministic", action="store_true", help="answers do not depend on what else is running")
+
+    evaluate = commands.add_parser(
+        "eval",
+        usage="areal eval MODEL [--config FILE] [key=value ...]",
+        help="measure a model on held-out prompts",
+        description="Accuracy and answer length on held-out prompts; JSON on stdout.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model, e.g. a checkpoint of a run")
+    evaluate.add_argument("words", metavar="key=value", nargs="*", default=[], help="change keys of the config, e.g. evaluator.n_prompts=2000")
+    evaluate.add_argument("--config", metavar="FILE", help="data set and sampling; default: the config of the run that MODEL belongs to")
+
+    commands.add_parser("doctor", help="what this machine has, and what to do about what is missing", description="Check this machine.")
+
+    report = commands.add_parser(
+        "report", help="draw a run: reward, length, staleness, speed, timeline", description="Draw a run as PNG; prints the paths."
+    )
+    report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/arithmetic/demo")
+    report.add_argument("--out", metavar="FOLDER", help="where the pictures go; default: the run's folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse does not take key=value words behind an option.
+    if args.command in ("train", "eval") and all("=" in word and not word.startswith("-") for word in rest):
+        args.words += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.version:
+        from areal import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return _COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:  # the process boundary: every error ends here as a sentence, or with its traceback if unforeseen
+        return _report_failure(error)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from areal.config_check import check_machine
+    from areal.config_load import dump_yaml, list_keys, load_expr_config
+
+    if args.keys:
+        print(list_keys())
+        return 0
+    config, _ = load_expr_config([*(["--config", args.config] if args.config else []), *args.words])
+    if args.check:
+        print(dump_yaml(config), end="")
+        return 0
+    check_machine(config)
+    from areal.controller import run_train
+
+    run_folder = run_train(config)
+    from areal.report import draw_report
+
+    for picture in draw_report(run_folder):
+        print(f"report: {picture}", file=sys.stderr)
+    print(run_folder / "summary.json")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from areal.config_check import check_device, check_model_dir
+
+    check_model_dir("MODEL", args.model)
+    check_device("--device", args.device)
+    from areal.inference.embedded.server import main as serve
+
+    options = ["model", "host", "port", "device", "dtype", "max_running_requests", "max_context", "threads", "update_mode"]
+    words = [word for name in options for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    return serve([*words, *(["--deterministic"] if args.deterministic else [])]) or 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from areal.config import ConfigError
+    from areal.config_check import check_machine, check_model_dir
+    from areal.config_load import load_expr_config
+
+    check_model_dir("MODEL", args.model)
+    model = Path(args.model).expanduser().resolve()
+    file = args.config or next((str(f / "config.yaml") for f in model.parents if (f / "config.yaml").is_file()), None)
+    if file is None:
+        raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
+    config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"])
+    check_machine(config)
+    from areal.evaluation import run_eval
+
+    print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from areal.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _report(args: argparse.Namespace) -> int:
+    from areal.report import draw_report
+
+    for picture in draw_report(Path(args.run), Path(args.out) if args.out else None):
+        print(picture)
+    return 0
+
+
+_COMMANDS = {"train": _train, "serve": _serve, "eval": _eval, "doctor": _doctor, "report": _report}
+
+
+def _report_failure(error: Exception) -> int:
+    """Says what went wrong; only an error that nobody foresaw shows its traceback."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if os.environ.get("AREAL_TRACEBACK"):
+        traceback.print_exception(error)
+    foreseen = type(error).__module__.startswith("areal.")
+    if type(error).__name__ == "ConfigError" and foreseen:
+        _print_error(error.message, error.hint)  # type: ignore[attr-defined]  # its class is not imported here: pydantic is slow
+        return EXIT_USAGE
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("areal"):
+        _print_error(f"the package '{error.name}' is not installed", "install what training needs with `pip install '.[train]'` in areal's folder")
+        return EXIT_FAILED
+    if foreseen or isinstance(error, OSError):
+        _print_error(str(error) or type(error).__name__, "AREAL_TRACEBACK=1 shows where it came from")
+        return EXIT_FAILED
+    if not os.environ.get("AREAL_TRACEBACK"):
+        traceback.print_exception(error)
+    _print_error(f"unexpected {type(error).__name__}: {error}", "this is a bug in areal or in the functions given to it; the traceback is above")
+    return EXIT_FAILED
+
+
+def _print_error(message: str, hint: str = "") -> None:
+    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    bold, cyan, plain = ("\033[1;31m", "\033[36m", "\033[0m") if color else ("", "", "")
+    print(f"{bold}error:{plain} {message}", file=sys.stderr)
+    if hint:
+        print(f"{cyan}hint:{plain} {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
