@@ -222,7 +222,9 @@ class DatasetConfig(_Node):
     min_terms: int = Field(3, ge=1)
     """arithmetic: fewest terms of a chain."""
     max_terms: int = Field(8, ge=1)
-    """arithmetic: most terms of a chain."""
+    """arithmetic: most terms of a chain (64 at most)."""
+    terms: Literal["uniform", "log_uniform"] = "uniform"
+    """arithmetic: how the number of terms is drawn; log_uniform has many short chains and a long tail."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
