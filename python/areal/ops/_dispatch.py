@@ -21,7 +21,7 @@ class BackendUnavailable(RuntimeError):
 
 @functools.cache
 def compiled_module() -> ModuleType | None:
-    """``areal._C``, or None where the package runs from source without having been built. A module that is there but does not load raises."""
+    """``areal._C``, or None where the package runs from source, not built. One that is there but does not load raises."""
     try:
         return importlib.import_module("areal._C")
     except ModuleNotFoundError as error:
@@ -75,7 +75,9 @@ def choose_backend(op: str, candidates: Mapping[str, str | None], backend: str |
         return next(name for name, missing in candidates.items() if missing is None)
     if forced not in candidates:
         source = "backend" if backend else "AREAL_OPS"
-        raise ValueError(f"{source}='{forced}': {op} has the backends {', '.join(candidates)} (AREAL_OPS={op}=NAME sets it for this op alone)")
+        raise ValueError(
+            f"{source}='{forced}': {op} has the backends {', '.join(candidates)} (AREAL_OPS={op}=NAME sets it for this op alone)"
+        )
     missing = candidates[forced]
     if missing is not None:
         raise BackendUnavailable(f"{op}: backend '{forced}' was asked for, but {missing}")

@@ -41,7 +41,9 @@ def plan_microbatches(
         raise ValueError(f"plan_microbatches: lengths has {sizes.ndim} dimensions; it must have 1")
     bad = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if bad.size:
-        raise ValueError(f"sequence {bad[0]} has {sizes[bad[0]]} tokens; a micro-batch takes 1 to {capacity} (raise max_tokens_per_mb, or shorten the sequence)")
+        raise ValueError(
+            f"sequence {bad[0]} has {sizes[bad[0]]} tokens; a micro-batch takes 1 to {capacity} (actor.mb_spec.max_tokens_per_mb)"
+        )
 
     if choose_backend("plan_microbatches", {"cpp": missing_cpp(), "torch": None}, backend) == "cpp":
         module = compiled_module()

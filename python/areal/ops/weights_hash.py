@@ -65,16 +65,20 @@ def copy_and_hash(copies: Iterable[HashedCopy], *, backend: Literal["cpp", "torc
 
     Sources on the CPU may be written by others meanwhile (shared memory): the hash is that of the bytes that arrived.
     """
-    rows, hashed = [], 0
+    rows: list[tuple[int, int, int, int]] = []
+    kept: list[Tensor] = []  # a source may be a temporary that only `copies` held
+    hashed = 0
     which = choose_backend("copy_and_hash", {"cpp": missing_cpp(), "torch": None}, backend)
     for key, source, target in copies:
-        if source.device.type != "cpu" or which == "torch":
-            target.copy_(source)
-            source = target
-        if which == "torch":
-            hashed += _hash_torch(key, target)
+        if which == "cpp" and source.device.type == "cpu":
+            rows.append((source.data_ptr(), target.data_ptr(), target.nbytes, key))
+            kept.append(source)
+            continue
+        target.copy_(source)
+        if which == "cpp":
+            rows.append((target.data_ptr(), 0, target.nbytes, key))
         else:
-            rows.append((source.data_ptr(), 0 if source is target else target.data_ptr(), target.nbytes, key))
+            hashed += _hash_torch(key, target)
     return (hashed + (_run_cpp(rows) if rows else 0)) & _MASK
 
 
