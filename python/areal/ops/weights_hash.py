@@ -32,7 +32,7 @@ _REFERENCE_CHUNK = 2**22  # bytes that the torch reference works on at a time; i
 
 
 class HashedCopy(NamedTuple):
-    """One tensor of ``copy_and_hash``: contiguous, same shape and dtype on both sides."""
+    """One tensor of ``copy_and_hash``; the target, of the same shape, is contiguous and on the CPU, and its dtype is that of the hash."""
 
     key: int
     source: Tensor
@@ -53,7 +53,7 @@ def weights_hash(tensors: Mapping[str, Tensor], *, backend: Backend | None = Non
     """
     by_device: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():
-        _check_plain(name, tensor)
+        check_plain(name, tensor)
         by_device[tensor.device].append((tensor_key(name, tensor.shape, tensor.dtype), tensor.detach().contiguous()))
     if not by_device:
         choose_backend("weights_hash", {"cpp": missing_cpp(), "cuda": missing_cuda(), "torch": None}, backend)
@@ -61,18 +61,16 @@ def weights_hash(tensors: Mapping[str, Tensor], *, backend: Backend | None = Non
 
 
 def copy_and_hash(copies: Iterable[HashedCopy], *, backend: Literal["cpp", "torch"] | None = None) -> int:
-    """Copies each source into its target (on the CPU) and returns the hash of what the targets hold, reading the sources once.
+    """Copies each source into its target, cast to its dtype, and returns the hash of what the targets hold.
 
-    Sources on the CPU may be written by others meanwhile (shared memory): the hash is that of the bytes that arrived.
+    Sources may be written by others meanwhile (shared memory): the hash is that of the bytes that arrived.
     """
     rows: list[tuple[int, int, int, int]] = []
-    kept: list[Tensor] = []  # a source may be a temporary that only `copies` held
     hashed = 0
     which = choose_backend("copy_and_hash", {"cpp": missing_cpp(), "torch": None}, backend)
     for key, source, target in copies:
-        if which == "cpp" and source.device.type == "cpu":
+        if which == "cpp" and source.device.type == "cpu" and source.dtype == target.dtype and source.is_contiguous():
             rows.append((source.data_ptr(), target.data_ptr(), target.nbytes, key))
-            kept.append(source)
             continue
         target.copy_(source)
         if which == "cpp":
@@ -82,11 +80,12 @@ def copy_and_hash(copies: Iterable[HashedCopy], *, backend: Literal["cpp", "torc
     return (hashed + (_run_cpp(rows) if rows else 0)) & _MASK
 
 
-def _check_plain(name: str, tensor: Tensor) -> None:
+def check_plain(name: str, tensor: Tensor) -> None:
+    """``TypeError`` if a tensor has no storage of its own that could be copied or hashed."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
-        raise TypeError(f"weights_hash: '{name}' is a {type(tensor).__name__}; give plain tensors (full_tensor() of a DTensor)")
+        raise TypeError(f"weights: '{name}' is a {type(tensor).__name__}; give plain tensors (full_tensor() of a DTensor)")
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        raise TypeError(f"weights_hash: '{name}' is a {tensor.device.type} tensor of layout {tensor.layout}; it needs strided storage")
+        raise TypeError(f"weights: '{name}' is a {tensor.device.type} tensor of layout {tensor.layout}; it needs strided storage")
 
 
 def _hash_on(device: torch.device, keyed: list[tuple[int, Tensor]], backend: Backend | None) -> int:

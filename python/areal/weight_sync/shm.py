@@ -31,7 +31,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from areal.ops.weights_hash import HashedCopy, copy_and_hash, tensor_key
+from areal.ops.weights_hash import HashedCopy, check_plain, copy_and_hash, tensor_key
 
 _DIRECTORY = Path("/dev/shm")
 _PREFIX = "areal-"
@@ -107,6 +107,7 @@ def _check_tensors(side: str, entries: list[_Entry], tensors: Mapping[str, Tenso
             raise ValueError(f"{side} {problem} '{min(difference)}'" + (f" and {len(difference) - 1} more" if len(difference) > 1 else ""))
     for entry in entries:
         tensor = tensors[entry.name]
+        check_plain(entry.name, tensor)
         if tuple(tensor.shape) != entry.shape or (same_dtype and tensor.dtype != entry.dtype):
             raise ValueError(
                 f"{side}: '{entry.name}' is {tensor.dtype} {list(tensor.shape)}, the manifest says {entry.dtype} {list(entry.shape)}"
@@ -157,6 +158,7 @@ def _remove_own(path: Path, descriptor: int, owner: int) -> None:
         return  # a forked child that ends is not the end of the publisher
     if _is_at(path, descriptor):
         path.unlink()
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do: the mapping has a duplicate of the descriptor
     os.close(descriptor)
 
 
@@ -238,7 +240,7 @@ class ShmPublisher:
         writing = (self._words[slot] + 1) | 1
         self._words[slot] = writing
         with torch.no_grad():
-            copies = (HashedCopy(e.key, tensors[e.name].detach().to(e.dtype).contiguous(), e.view(buffer)) for e in self._entries)
+            copies = (HashedCopy(e.key, tensors[e.name].detach(), e.view(buffer)) for e in self._entries)
             digest = copy_and_hash(copies)
         self._words[slot + 1], self._words[slot + 2] = version, digest
         self._words[slot + 3] = _check(writing + 1, version, digest)
