@@ -22,7 +22,7 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
-  info["instruction_set"] = areal::hash_instruction_set();
+  info["instruction_sets"] = areal::hash_instruction_sets();
 #ifdef AREAL_CUDA_VERSION
   info["cuda"] = AREAL_CUDA_VERSION;
 #else
@@ -37,13 +37,13 @@ areal::MicrobatchPlan plan_microbatches_ffd(uintptr_t lengths, int64_t n, int64_
 }
 
 // Rows of (source address, target address or 0, bytes, key).
-uint64_t copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, unsigned threads) {
+uint64_t copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, unsigned threads, const std::string& instruction_set) {
   py::gil_scoped_release release;
   std::vector<areal::Segment> segments;
   segments.reserve(rows.size());
   for (const auto& [source, target, bytes, key] : rows)
     segments.push_back({reinterpret_cast<const uint8_t*>(source), reinterpret_cast<uint8_t*>(target), bytes, key});
-  return areal::copy_and_hash(segments, threads);
+  return areal::copy_and_hash(segments, threads, instruction_set);
 }
 
 #ifdef AREAL_CUDA_VERSION
@@ -57,10 +57,10 @@ void weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintptr_t s
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "areal's compiled host code and CUDA launchers; use it through areal.ops";
-  module.def("build_info", &build_info, "What this module was built with, and the CPU instruction set that it runs with.");
+  module.def("build_info", &build_info, "What this module was built with, and the instruction sets of this CPU that it can use, best first.");
   module.def("plan_microbatches_ffd", &plan_microbatches_ffd, py::arg("lengths"), py::arg("n"), py::arg("capacity"), py::arg("world_size"),
              py::arg("k_min"));
-  module.def("copy_and_hash", &copy_and_hash, py::arg("rows"), py::arg("threads"));
+  module.def("copy_and_hash", &copy_and_hash, py::arg("rows"), py::arg("threads"), py::arg("instruction_set") = "");
 #ifdef AREAL_CUDA_VERSION
   module.def("weights_hash_cuda", &weights_hash_cuda, py::arg("data"), py::arg("bytes"), py::arg("key"), py::arg("sum"), py::arg("stream"));
 #endif

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace areal {
@@ -14,10 +15,11 @@ struct Segment {
   uint64_t key;
 };
 
-// Sum of mix_word over all words of all segments, plus mix64(key) per segment. Independent of `threads` (>= 1).
-uint64_t copy_and_hash(const std::vector<Segment>& segments, unsigned threads);
+// Sum of mix_word over all words of all segments, plus mix64(key) per segment. Independent of `threads` (>= 1) and of the instruction
+// set: one of hash_instruction_sets(), or empty for the first of them; std::invalid_argument for any other.
+uint64_t copy_and_hash(const std::vector<Segment>& segments, unsigned threads, const std::string& instruction_set);
 
-// The instruction set that the hash runs with here: "avx512", "avx2" or "baseline".
-const char* hash_instruction_set();
+// What this CPU can run, best first, out of "avx512", "avx2", "baseline".
+std::vector<std::string> hash_instruction_sets();
 
 }  // namespace areal

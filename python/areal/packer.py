@@ -1,0 +1,83 @@
+"""From finished groups to what one train step consumes: mini-batches of whole groups, cut into packed micro-batches for the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal.ops.plan_microbatches import plan_microbatches
+from areal.types import Group, Microbatch, Minibatch, TrainBatch, Trajectory
+
+
+def make_train_batch(
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[NDArray[np.float32]]],
+    *,
+    n_minibatches: int,
+    max_tokens_per_mb: int,
+    world_size: int,
+) -> TrainBatch:
+    """Packs ``groups``, in their order, into ``n_minibatches`` that differ by at most one group.
+
+    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g. A mini-batch's denominator is its number of loss
+    tokens over all ranks, at least 1. ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
+    samples, or when a sample is longer than ``max_tokens_per_mb``.
+    """
+    if n_minibatches < 1 or len(groups) < n_minibatches:
+        raise ValueError(f"{len(groups)} groups cannot be cut into {n_minibatches} mini-batches (actor.ppo_n_minibatches)")
+    if len(advantages) != len(groups):
+        raise ValueError(f"there are advantages for {len(advantages)} groups, but {len(groups)} groups")
+    minibatches = []
+    for m in range(n_minibatches):
+        begin, end = (len(groups) * m // n_minibatches, len(groups) * (m + 1) // n_minibatches)
+        samples: list[Trajectory] = []
+        sample_advantages: list[NDArray[np.float32]] = []
+        for group, group_advantages in zip(groups[begin:end], advantages[begin:end], strict=True):
+            _check_group(group, group_advantages)
+            samples += group.trajectories
+            sample_advantages += group_advantages
+        minibatches.append(_make_minibatch(samples, sample_advantages, max_tokens_per_mb, world_size))
+    return TrainBatch(minibatches, n_groups=len(groups), n_samples=sum(len(group.trajectories) for group in groups))
+
+
+def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> None:
+    shapes = [(len(trajectory),) for trajectory in group.trajectories]
+    if [a.shape for a in advantages] != shapes:
+        raise ValueError(f"group {group.group_id}: advantages have the shapes {[a.shape for a in advantages]}, its samples {shapes}")
+
+
+def _make_minibatch(samples: list[Trajectory], advantages: list[NDArray[np.float32]], capacity: int, world_size: int) -> Minibatch:
+    plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size)
+    ranks = [[_pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
+    return Minibatch(ranks, denominator=float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples))))
+
+
+def _pack(samples: list[Trajectory], advantages: list[NDArray[np.float32]]) -> Microbatch:
+    if not samples:
+        return _fill_up()
+    lengths = np.array([len(sample) for sample in samples])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    return Microbatch(
+        input_ids=np.concatenate([sample.input_ids for sample in samples]).astype(np.int64, copy=False),
+        position_ids=np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths),
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        loss_mask=np.concatenate([sample.loss_mask for sample in samples]).astype(np.bool_, copy=False),
+        logprobs=np.concatenate([sample.logprobs for sample in samples]).astype(np.float32, copy=False),
+        versions=np.concatenate([sample.versions for sample in samples]).astype(np.int32, copy=False),
+        advantages=np.concatenate(advantages).astype(np.float32, copy=False),
+    )
+
+
+def _fill_up() -> Microbatch:
+    """One token that nothing is learned from, for a rank with fewer micro-batches than the others: their collectives need its part."""
+    return Microbatch(
+        input_ids=np.zeros(1, np.int64),
+        position_ids=np.zeros(1, np.int64),
+        cu_seqlens=np.array([0, 1], np.int32),
+        loss_mask=np.zeros(1, np.bool_),
+        logprobs=np.zeros(1, np.float32),
+        versions=np.full(1, -1, np.int32),
+        advantages=np.zeros(1, np.float32),
+    )
