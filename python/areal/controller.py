@@ -22,166 +22,126 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
-from types import TracebackType
-from typing import Any, Self
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from areal.algo.advantage import compute_advantages
 from areal.buffer import TrajectoryBuffer
+from areal.cluster import Cluster
 from areal.config import GRPOConfig
-from areal.data import PromptDataset, load_dataset
-from areal.display import Display
-from areal.evaluation import Evaluation, evaluate
-from areal.inference.client import RolloutClient
-from areal.inference.servers import RolloutServer, n_servers, start_server
-from areal.metrics import EngineMeter, RunTotals, batch_row
+from areal.evaluation import Evaluation
+from areal.metrics import RunTotals, StepClock, batch_row, train_row
 from areal.packer import make_train_batch
-from areal.run_folder import create_run_folder, load_tokenizer, prepare_model
-from areal.runner import DropCounter, Runner
+from areal.runner import Runner
+from areal.sft import warm_up
 from areal.staleness import StalenessManager
-from areal.stats import StatsLogger
-from areal.trainer.worker import TrainerHandle
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
-
-
-class RunFailed(RuntimeError):
-    """Something that ends the run; the message is one sentence with the last log lines of who died."""
+from areal.workflow import build_workflow
 
 
 class PPOTrainer:
     """A training run: ``with PPOTrainer(config) as trainer: trainer.train()``.
 
-    Entering starts the processes, leaving ends them, also after an error. ``train_dataset`` and ``valid_dataset`` replace those of
-    the config; ``workflow`` is a ``RolloutWorkflow`` object, class or import path (default: ``RLVRWorkflow`` on the config's reward).
+    Entering starts the processes, leaving ends them, also after an error. ``train_dataset`` and ``valid_dataset`` (sequences or
+    iterators of rows) replace those of the config.
     """
 
     def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None) -> None:
         self.config = config
-        self._given_datasets = (train_dataset, valid_dataset)
-        self._asyncio = asyncio.Runner()
-        self._resources = AsyncExitStack()
         self.totals = RunTotals()
-        self.drops = DropCounter()
-        self._meter = EngineMeter()
-        self._published = asyncio.Event()
-        self.version = 0
+        self._cluster = Cluster(config, train_dataset, valid_dataset)
+        self._asyncio = asyncio.Runner()
+        self._started = 0.0
 
-    # -- life ------------------------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Self:
+    def __enter__(self) -> PPOTrainer:
+        self._started = time.monotonic()
         self._asyncio.__enter__()
         try:
-            self._asyncio.run(self._open())
+            self._in_loop(self._cluster.open())
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
-            self._asyncio.run(self._resources.aclose())
+            self._in_loop(self._cluster.close())
         finally:
             self._asyncio.close()
 
+    @property
+    def run_folder(self) -> Path:
+        return self._cluster.run_folder
+
     def train(self, workflow: Any = None, workflow_kwargs: dict[str, Any] | None = None) -> RunTotals:
-        """Runs warm-up, evaluation, reinforcement learning, evaluation; returns what ``summary.json`` holds."""
+        """Warm-up, evaluation, reinforcement learning, evaluation; returns what ``summary.json`` holds.
+
+        Args:
+            workflow: a ``RolloutWorkflow`` object, its class or its import path; None = ``RLVRWorkflow`` with the config's reward.
+            workflow_kwargs: of the class.
+        """
+        return self._in_loop(self._train(workflow, workflow_kwargs or {}))
+
+    def _in_loop(self, coroutine: Any) -> Any:
         try:
-            return self._asyncio.run(self._train(workflow, workflow_kwargs or {}))
+            return self._asyncio.run(coroutine)
         except BaseExceptionGroup as group:
             raise _first_error(group) from group
 
-    async def _open(self) -> None:
-        config = self.config
-        self._started = time.monotonic()
-        self.run_folder = create_run_folder(config)
-        model_folder = prepare_model(config, self.run_folder)
-        self.tokenizer = load_tokenizer(model_folder)
-        self.train_dataset, self.valid_dataset = self._given_datasets
-        if self.train_dataset is None:
-            self.train_dataset = load_dataset(config.train_dataset, seed=config.seed, split="train")
-        if self.valid_dataset is None:
-            self.valid_dataset = load_validation(config)
-        self.display = self._resources.enter_context(Display(config, self.run_folder))
-        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config))
-        self._model_folder = model_folder
-        await self._start_processes()
-
-    async def _start_processes(self) -> None:
-        config = self.config
-        self.client = RolloutClient(config.rollout)
-        self._resources.push_async_callback(self.client.close)
-        self.rewards = await self._resources.enter_async_context(
-            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
-        )
-        self.servers: list[RolloutServer] = []
-        self._resources.callback(self._kill_servers)
-        async with asyncio.TaskGroup() as starting:
-            trainer = starting.create_task(TrainerHandle.start(config, self._model_folder, self.run_folder))
-            for index in range(n_servers(config.rollout.backend)):
-                starting.create_task(self._add_server(index))
-        self.trainer = trainer.result()
-        self._resources.push_async_callback(self.trainer.close)
-
-    def _kill_servers(self) -> None:
-        for server in self.servers:
-            server.process.terminate()
-
-    async def _add_server(self, index: int, restarts: int = 0) -> None:
-        """Starts a server and hands it to the client once it has the current weights."""
-        server = await start_server(self.config, self._model_folder, self.run_folder, index, restarts)
-        self.servers.append(server)
-        if self._weights is not None:
-            await self.client.update_server(server.url, self.trainer.shm_name, self._weights.version)
-        self.client.add_server(server.url, server.process)
-
-    # -- the run ---------------------------------------------------------------------------------------------------------------
-
     async def _train(self, workflow: Any, workflow_kwargs: dict[str, Any]) -> RunTotals:
-        config, totals = self.config, self.totals
-        self.workflow = build_workflow(config, workflow, workflow_kwargs, self.tokenizer)
+        config, cluster, totals = self.config, self._cluster, self.totals
+        self.workflow = build_workflow(config, cluster.tokenizer, workflow, workflow_kwargs)
         async with asyncio.TaskGroup() as tasks:
-            watchers = [tasks.create_task(self._watch_servers()), tasks.create_task(self._sync_weights())]
+            watching = tasks.create_task(cluster.watch())
             if config.warmup is not None:
                 begin = time.monotonic()
-                await self._warm_up(config.warmup)
+                await warm_up(config, cluster, self.workflow)
                 totals.seconds_warmup = time.monotonic() - begin
-            await self._publish(0)
-            before = await self._evaluate("before")
+            await cluster.publish(0)
+            before = await self._evaluate("before", wait_for_version=0)
             begin = time.monotonic()
             await self._learn(tasks)
             totals.seconds_rl = time.monotonic() - begin
-            after = await self._evaluate("after")
-            await self.trainer.save(self.run_folder / "checkpoints" / "final")
-            for watcher in watchers:
-                watcher.cancel()
+            after = await self._evaluate("after", wait_for_version=config.total_train_steps)
+            await cluster.save("final")
+            watching.cancel()
         self._finish(before, after)
         return totals
 
     async def _learn(self, tasks: asyncio.TaskGroup) -> None:
-        """Reinforcement learning: generation runs in its own task, this one consumes what it makes."""
-        config, rollout = self.config, self.config.rollout
-        staleness = StalenessManager(
-            rollout.consumer_batch_size, rollout.max_head_offpolicyness, rollout.max_concurrent_rollouts, config.total_train_steps
-        )
-        self.buffer = TrajectoryBuffer(
-            rollout.consumer_batch_size, rollout.max_head_offpolicyness, mask_over_age=rollout.over_age_tokens == "mask"
-        )
-        self.runner = Runner(config, self.client, self.workflow, self.train_dataset, staleness, self.buffer, self.drops)
-        generating = tasks.create_task(self.runner.run())
-        with TrajectoryLog.maybe(self.run_folder, self.tokenizer, enabled=config.stats_logger.dump_trajectories) as log:
+        """Reinforcement learning: the runner generates in its own task, this one consumes what it makes."""
+        config, rollout, cluster = self.config, self.config.rollout, self._cluster
+        batch_size, eta = rollout.consumer_batch_size, rollout.max_head_offpolicyness
+        staleness = StalenessManager(batch_size, eta, rollout.max_concurrent_rollouts, config.total_train_steps)
+        buffer = TrajectoryBuffer(batch_size, eta, mask_over_age=rollout.over_age_tokens == "mask")
+        runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops)
+        generating = tasks.create_task(runner.run(), name="runner")
+        clock = StepClock()
+        with ExitStack() as files:
+            log = files.enter_context(TrajectoryLog(self.run_folder / "trajectories.jsonl", cluster.tokenizer)) if self._dumps else None
             for step in range(config.total_train_steps):
-                begin = time.time()
-                groups = await self.buffer.cut(self.version, rollout.batch_timeout)
-                waited = time.time()
-                log.write(groups, step)
+                clock.start_step()
+                groups = await buffer.cut(step, rollout.batch_timeout)
+                clock.got_batch()
+                if log is not None:
+                    log.write(groups, step)
                 batch = await asyncio.to_thread(self._pack, groups)
-                train_stats = await self.trainer.train_step(batch)
-                await self._publish(self.version + 1)
-                await self._report_step(groups, train_stats, begin, waited)
-                self._start_side_work(tasks, step + 1)
+                train_stats = await cluster.trainer.train_step(batch)
+                clock.trained()
+                await cluster.publish(step + 1)
+                row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
+                await self._report(row, clock, len(buffer), buffer.n_unfinished)
+                self._side_work(tasks, step + 1)
         generating.cancel()
+        if buffer.n_masked_tokens:
+            cluster.drops.add("over_age_tokens_masked", n=buffer.n_masked_tokens)
+
+    @property
+    def _dumps(self) -> bool:
+        return self.config.stats_logger.dump_trajectories
 
     def _pack(self, groups: list[Group]) -> TrainBatch:
         actor = self.config.actor
@@ -190,37 +150,52 @@ class PPOTrainer:
             compute_advantages(groups, actor),
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
-            world_size=self.trainer.world_size,
+            world_size=self._cluster.trainer.world_size,
         )
 
-    # -- weights ---------------------------------------------------------------------------------------------------------------
+    def _side_work(self, tasks: asyncio.TaskGroup, step: int) -> None:
+        """Checkpoints and evaluations overlap with everything else."""
+        saver, evaluator = self.config.saver, self.config.evaluator
+        if saver.every_steps and step % saver.every_steps == 0 and step < self.config.total_train_steps:
+            tasks.create_task(self._cluster.save_step(step), name=f"checkpoint {step}")
+        if evaluator.every_steps and step % evaluator.every_steps == 0 and step < self.config.total_train_steps:
+            tasks.create_task(self._evaluate(f"step {step}"), name=f"evaluation {step}")
 
-    async def _publish(self, version: int) -> None:
-        """Into shared memory; does not wait for any reader."""
-        _, digest = await self.trainer.publish(version)
-        self.version = version
-        self._weights = Weights(version, digest)
-        self._published.set()
+    async def _evaluate(self, when: str, wait_for_version: int | None = None) -> Evaluation | None:
+        """Held-out prompts under the newest weights; ``wait_for_version``: not before every server has these."""
+        if wait_for_version is not None:
+            await self._cluster.wait_for_version(wait_for_version)
+        return await self._cluster.evaluate(self.workflow, when)
 
-    async def _sync_weights(self) -> None:
-        """Brings the newest published weights to every server; those published meanwhile are skipped over."""
-        while True:
-            await self._published.wait()
-            self._published.clear()
-            begin = time.time()
-            assert self._weights is not None
-            await self.client.update_weights_from_shm(self.trainer.shm_name, self._weights.version)
-            self._check_hashes(acks)
-            self.stats.span("controller", "weight_sync", begin, time.time())
+    async def _report(self, row: dict[str, Any], clock: StepClock, n_buffered: int, n_inflight: int) -> None:
+        cluster = self._cluster
+        self.totals.add_step(row)
+        row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.drops.totals}
+        row |= clock.row(row["tokens_trained"], *await cluster.read_engines())
+        cluster.log_step(row, clock)
 
-    async def _watch_servers(self) -> None:
-        """Replaces dead rollout servers, up to ``rollout.max_restarts`` times each."""
-        while True:
-            await asyncio.sleep(0.1)
-            for server in [s for s in self.servers if s.process.poll() is not None]:
-                self.servers.remove(server)
-                self.client.remove_server(server.url)
-                if server.restarts >= self.config.rollout.max_restarts:
-                    raise RunFailed(f"a rollout server died, after {server.restarts} replacements: {server.process.describe_death()}")
-                self.display.note(f"{server.name} died and is being replaced: {server.process.describe_death(3)}")
-                await self._add_server(server.index, server.restarts + 1)
+    def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:
+        totals, cluster = self.totals, self._cluster
+        if before is not None:
+            totals.accuracy_before, totals.length_before = before.accuracy, before.length
+        if after is not None:
+            totals.accuracy_after, totals.length_after = after.accuracy, after.length
+        totals.tokens_generated = cluster.meter.tokens_generated
+        totals.dropped = cluster.drops.totals
+        totals.seconds_total = time.monotonic() - self._started
+        cluster.finish(asdict(totals), [asdict(s) for s in after.samples] if after is not None else [])
+
+
+def run_train(config: GRPOConfig) -> Path:
+    """``areal train``: one run, start to end; returns its folder."""
+    with PPOTrainer(config) as trainer:
+        trainer.train()
+    return trainer.run_folder
+
+
+def _first_error(group: BaseExceptionGroup) -> BaseException:
+    """The error that ended a task group: its first member that is not a mere consequence."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

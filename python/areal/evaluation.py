@@ -10,28 +10,69 @@ from typing import Any
 
 import numpy as np
 
-from areal.inference.client import RolloutClient
-from areal.runner import DropCounter, run_episode
-from areal.workflow.base import RolloutWorkflow
+from areal.inference.client import RolloutClient, Route
+from areal.runner import run_episode
+from areal.types import Trajectory
+from areal.workflow.base import EpisodeDropped, RolloutWorkflow
+
+_MAX_IN_FLIGHT = 1024
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SampleAnswer:
     prompt: str
     answer: str
     reward: float
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """``accuracy`` is the share of scored answers with a positive reward, ``length`` their mean number of generated tokens.
 
-    An episode that failed is in ``failures`` by its cause and in neither of the means: a failure is not a wrong answer.
+    An episode that failed is in ``failures`` by its cause and in neither of the means: a failure is not a wrong answer. The means
+    are None when nothing was scored.
     """
 
-    accuracy: float
-    length: float
-    reward: float
+    accuracy: float | None
+    length: float | None
+    reward: float | None
     n_scored: int
     failures: dict[str, int] = field(default_factory=dict)
     samples: list[SampleAnswer] = field(default_factory=list)
+
+
+async def evaluate(
+    client: RolloutClient, workflow: RolloutWorkflow, rows: Sequence[dict[str, Any]], *, seed: int, tokenizer: Any = None, n_show: int = 5
+) -> Evaluation:
+    """Runs one episode a row, all in flight together; ``n_show`` of them come back as text."""
+    slots = asyncio.Semaphore(_MAX_IN_FLIGHT)
+    failures: Counter[str] = Counter()
+
+    async def one(row: dict[str, Any]) -> Trajectory | None:
+        async with slots:
+            try:
+                return await run_episode(client, workflow, row, seed=seed, route=Route())
+            except EpisodeDropped as dropped:
+                failures[dropped.cause] += 1
+                return None
+
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(one(row)) for row in rows]
+    scored = [t for task in running if (t := task.result()) is not None]
+    if not scored:
+        return Evaluation(None, None, None, 0, dict(failures))
+    rewards = np.array([t.reward for t in scored])
+    return Evaluation(
+        accuracy=float((rewards > 0).mean()),
+        length=float(np.mean([t.loss_mask.sum() for t in scored])),
+        reward=float(rewards.mean()),
+        n_scored=len(scored),
+        failures=dict(failures),
+        samples=[_as_text(t, tokenizer) for t in scored[:n_show]] if tokenizer is not None else [],
+    )
+
+
+def _as_text(trajectory: Trajectory, tokenizer: Any) -> SampleAnswer:
+    first = int(trajectory.loss_mask.argmax())
+    prompt, answer = (tokenizer.decode(ids.tolist()) for ids in (trajectory.input_ids[:first], trajectory.input_ids[first:]))
+    return SampleAnswer(prompt, answer, trajectory.reward)
