@@ -57,9 +57,7 @@ class RewardServiceError(RuntimeError):
 class _Job:
     __slots__ = ("frame", "future", "timeout")
 
-    def __init__(
-        self, frame: bytes, future: asyncio.Future[float], timeout: float
-    ) -> None:
+    def __init__(self, frame: bytes, future: asyncio.Future[float], timeout: float) -> None:
         self.frame = frame
         self.future = future
         self.timeout = timeout
@@ -74,9 +72,7 @@ class _Worker(asyncio.Protocol):
         self._buffer = bytearray()
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.WriteTransport | None = None
-        self.jobs: deque[_Job] = (
-            deque()
-        )  # sent and unanswered, in order; the first is running
+        self.jobs: deque[_Job] = deque()  # sent and unanswered, in order; the first is running
         self.ready = False
         self.dead = False
         self._deadline = self._loop.time() + START_TIMEOUT
@@ -123,9 +119,7 @@ class _Worker(asyncio.Protocol):
             end = begin + FRAME_HEADER.size + size
             if len(buffer) < end:
                 break
-            self._answer(
-                pickle.loads(memoryview(buffer)[begin + FRAME_HEADER.size : end])
-            )
+            self._answer(pickle.loads(memoryview(buffer)[begin + FRAME_HEADER.size : end]))
             begin = end
         del buffer[:begin]
         self._service._dispatch()
@@ -166,9 +160,7 @@ class _Worker(asyncio.Protocol):
         if self._loop.time() < self._deadline:
             self._arm()
         elif not self.ready:
-            self._service._worker_lost(
-                self, f"{self.process.name} was not ready after {START_TIMEOUT:.0f} s"
-            )
+            self._service._worker_lost(self, f"{self.process.name} was not ready after {START_TIMEOUT:.0f} s")
         else:
             job = self.jobs.popleft()
             _fail(
@@ -227,13 +219,9 @@ class RewardService:
         log_dir: where the workers' output goes; None = a temporary folder, removed at the end.
     """
 
-    def __init__(
-        self, workers: int = 1, timeout: float = 15.0, log_dir: Path | None = None
-    ) -> None:
+    def __init__(self, workers: int = 1, timeout: float = 15.0, log_dir: Path | None = None) -> None:
         self.timeout = timeout
-        self._temporary = (
-            Path(tempfile.mkdtemp(prefix="areal-reward-")) if log_dir is None else None
-        )
+        self._temporary = Path(tempfile.mkdtemp(prefix="areal-reward-")) if log_dir is None else None
         self.log_dir = log_dir or self._temporary or Path()
         self._n_workers = workers
         self._workers: list[_Worker] = []
@@ -294,9 +282,7 @@ class RewardService:
                 self._spans.append([now, now])
         try:
             seconds = self.timeout if timeout is None else timeout
-            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-                getattr(function, "__call__", None)
-            ):  # noqa: B004
+            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
                 return await _score_on_loop(function, args, kwargs, seconds)
             return await self._score_in_worker(function, args, kwargs, seconds)
         finally:
@@ -357,11 +343,7 @@ class RewardService:
                     worker.send(job)
 
     def _note_seconds(self, seconds: float) -> None:
-        self._seconds += (
-            0.1 * (seconds - self._seconds)
-            if seconds < self._seconds
-            else seconds - self._seconds
-        )
+        self._seconds += 0.1 * (seconds - self._seconds) if seconds < self._seconds else seconds - self._seconds
 
     def _start_missing(self) -> None:
         while len(self._workers) < self._n_workers and not self._broken:
@@ -388,9 +370,7 @@ class RewardService:
         if start_failure is not None:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
-                self._break(
-                    f"{start_failure}, {self._failed_starts} times in a row: {worker.process.describe_death()}"
-                )
+                self._break(f"{start_failure}, {self._failed_starts} times in a row: {worker.process.describe_death()}")
                 return
         self._dispatch()
 
@@ -404,9 +384,7 @@ class RewardService:
         self._queue.clear()
 
 
-_SERVICES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RewardService] = (
-    weakref.WeakKeyDictionary()
-)
+_SERVICES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RewardService] = weakref.WeakKeyDictionary()
 
 
 def shared_service() -> RewardService:
@@ -435,9 +413,7 @@ async def _score_on_loop(
         raise RewardFailure("reward_bad_value", str(error)) from error
     except RewardFailure:
         raise
-    except (
-        Exception
-    ) as error:  # boundary to the user's code: whatever it raises is one failed score
+    except Exception as error:  # boundary to the user's code: whatever it raises is one failed score
         if limit.expired():
             raise RewardFailure(
                 "reward_timeout",
@@ -471,6 +447,4 @@ class AsyncRewardWrapper:
         Raises:
             RewardFailure: it raised, hung, killed its process or returned something else.
         """
-        return await shared_service().score(
-            self.reward_fn, args, kwargs, self.timeout_seconds
-        )
+        return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds)
