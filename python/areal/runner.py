@@ -194,7 +194,9 @@ class Runner:
         try:
             row = next(self._rows)
         except StopIteration:
-            raise RunnerError(f"the data set ended after {self._next_group} prompts; give one that goes on (areal.data.PromptDataset)") from None
+            raise RunnerError(
+                f"the data set ended after {self._next_group} prompts; give one that goes on (areal.data.PromptDataset)"
+            ) from None
         if not isinstance(row, dict):
             self._drop("malformed_row", f"a row is a dict, not {type(row).__name__}: {str(row)[:80]!r}")
             self._wake.set()
@@ -225,11 +227,14 @@ class Runner:
                     samples.create_task(run_episode(self._client, self._workflow, row, seed=seed, sample=sample, route=route))
                     for sample in range(self.config.gconfig.n_samples)
                 ]
-        except* EpisodeDropped as errors:
-            raise _first(errors) from None
-        except* TimeoutError:
+        except TimeoutError:
             seconds = self.config.rollout.episode_timeout
             raise EpisodeDropped("episode_timeout", f"a group was not finished after {seconds:g} s (rollout.episode_timeout)") from None
+        except BaseExceptionGroup as errors:
+            _, others = errors.split(EpisodeDropped)
+            if others is not None:
+                raise others from None
+            raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     def _drop(self, cause: str, message: str) -> None:
@@ -239,14 +244,6 @@ class Runner:
         if self._dropped_in_a_row >= limit:
             counts = ", ".join(f"{name} {n}" for name, n in self.drops.totals.items())
             raise RunnerError(f"{limit} prompts in a row gave no group (dropped: {counts}); the last one: {message}")
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> EpisodeDropped:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, EpisodeDropped)
-    return error
 
 
 def _iterator(dataset: Iterable[Any], seed: int) -> Iterator[Any]:

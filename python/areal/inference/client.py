@@ -63,7 +63,11 @@ class _Server:
     live: bool = False
 
     def describe(self) -> str:
-        return self.process.describe_death() if self.process is not None and self.process.poll() is not None else f"the rollout server {self.url}"
+        return (
+            self.process.describe_death()
+            if self.process is not None and self.process.poll() is not None
+            else f"the rollout server {self.url}"
+        )
 
 
 @dataclass(slots=True)
@@ -91,7 +95,9 @@ class RolloutClient:
         processes: theirs, in the same order; None = watched by nobody here.
     """
 
-    def __init__(self, config: RolloutConfig | None = None, urls: Sequence[str] = (), processes: Sequence[WatchedProcess | None] = ()) -> None:
+    def __init__(
+        self, config: RolloutConfig | None = None, urls: Sequence[str] = (), processes: Sequence[WatchedProcess | None] = ()
+    ) -> None:
         self.config = config or RolloutConfig()
         self._servers: dict[str, _Server] = {}
         self._changed = asyncio.Event()
@@ -172,7 +178,9 @@ class RolloutClient:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     await self._changed.wait()
             except TimeoutError:
-                raise ServerDied(f"no rollout server is alive, and none came within {patience:.0f} s; the last: {self._last_death or 'none'}") from None
+                raise ServerDied(
+                    f"no rollout server is alive, and none came within {patience:.0f} s; the last: {self._last_death or 'none'}"
+                ) from None
         server = min(live, key=lambda s: s.outstanding)
         if route is not None:
             route.server = server

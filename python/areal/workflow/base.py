@@ -79,7 +79,9 @@ def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
         ids, mask, logprobs, versions = ids[keep], mask[keep], logprobs[keep], versions[keep]
     reward = np.asarray(_array("rewards", result["rewards"]), dtype=np.float64).reshape(-1)
     if reward.size != 1:
-        raise TrajectoryError(f"an episode has one reward, the workflow's 'rewards' has {reward.size} values; return one sample per episode")
+        raise TrajectoryError(
+            f"an episode has one reward, the workflow's 'rewards' has {reward.size} values; return one sample per episode"
+        )
     if not np.isfinite(reward[0]):
         raise TrajectoryError(f"the workflow's reward is {reward[0]}; it must be finite")
     trajectory = Trajectory(
@@ -102,7 +104,9 @@ def _check_loss_tokens(trajectory: Trajectory) -> None:
     if (trajectory.versions[mask] < 0).any():
         raise TrajectoryError("a token with loss_mask 1 has version -1; use the output_versions of the response")
     if not np.isfinite(trajectory.logprobs[mask]).all() or (trajectory.logprobs[mask] > 1e-3).any():
-        raise TrajectoryError("a token with loss_mask 1 has a log-prob that is positive or not finite; use the output_logprobs of the response")
+        raise TrajectoryError(
+            "a token with loss_mask 1 has a log-prob that is positive or not finite; use the output_logprobs of the response"
+        )
     trajectory.logprobs[~mask] = 0.0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from areal.config import GenerationConfig
+from areal.data import MalformedRow, encode_prompt
 from areal.reward import AsyncRewardWrapper
 from areal.types import ModelRequest, ModelResponse
 from areal.workflow.base import EpisodeDropped, GenerationEngine
@@ -26,14 +27,14 @@ class PromptError(EpisodeDropped):
 class RLVRWorkflow:
     """Generates one answer to a row's prompt and scores it.
 
-    A row gives its prompt as ``input_ids`` (token ids), ``messages`` (chat, put through the tokenizer's template) or ``prompt`` (text, or
-    either of the others); all its keys but the four of the reward's own arguments are passed on to the reward function.
+    A row gives its prompt as ``input_ids`` (token ids), ``messages`` (chat, put through the tokenizer's template) or ``prompt`` (text);
+    all its keys but the four of the reward's own arguments are passed on to the reward function.
 
     Args:
         reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async.
         gconfig: sampling; ``n_samples`` is the runner's business.
         tokenizer: Hugging Face tokenizer; without one only ``input_ids`` rows work and the reward gets empty texts.
-        enable_thinking: handed to the chat template where it is set.
+        enable_thinking: handed to the chat template; None = the template's own default.
         max_prompt_len: longer prompts (tokens) are dropped, cause prompt_too_long; None = no bound here.
         reward_timeout: seconds per score; None = that of the reward service.
     """
@@ -82,25 +83,24 @@ class RLVRWorkflow:
         if known is None or known[0] is not source:
             if len(self._prompts) >= _MAX_REMEMBERED:
                 self._prompts.clear()
-            ids = self._encode(source)
-            if not ids:
-                raise PromptError("a row has an empty prompt")
+            ids = self._encode(data)
             known = self._prompts[id(source)] = (source, ids, self._decode(ids))
         if self.max_prompt_len is not None and len(known[1]) > self.max_prompt_len:
-            raise EpisodeDropped("prompt_too_long", f"a prompt of {len(known[1])} tokens is longer than max_prompt_len={self.max_prompt_len}")
+            raise EpisodeDropped(
+                "prompt_too_long", f"a prompt of {len(known[1])} tokens is longer than max_prompt_len={self.max_prompt_len}"
+            )
         return known[1], known[2]
 
-    def _encode(self, source: Any) -> list[int]:
-        if isinstance(source, (list, tuple, np.ndarray)) and all(isinstance(token, (int, np.integer)) for token in source):
-            return [int(token) for token in source]
-        if self.tokenizer is None:
+    def _encode(self, data: Mapping[str, Any]) -> list[int]:
+        if self.tokenizer is None and "input_ids" not in data:
             raise PromptError("a row has a text prompt, but the workflow has no tokenizer")
-        if isinstance(source, str):
-            return list(self.tokenizer.encode(source))
-        if not isinstance(source, (list, tuple)) or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in source):
-            raise PromptError(f"a row's prompt is neither text, nor token ids, nor chat messages with role and content: {str(source)[:80]!r}")
-        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False, **self._template_options}
-        return list(self.tokenizer.apply_chat_template(list(source), **options))
+        try:
+            ids = encode_prompt(data, self.tokenizer, **self._template_options)
+        except MalformedRow as error:
+            raise PromptError(str(error)) from error
+        if not ids or not all(isinstance(token, int) for token in ids):
+            raise PromptError(f"{data.get('prompt_id', 'a row')}: its prompt is empty or not a list of token ids")
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
