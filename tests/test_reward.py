@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from areal.reward import (
     AsyncRewardWrapper,
     RewardFailure,
@@ -85,10 +86,7 @@ async def behave_async(
 
 def _alive(pid: int) -> bool:
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            not in "ZX"
-        )
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
 
@@ -120,12 +118,8 @@ def test_scores_and_failures_by_cause() -> None:
             assert await _score(wrapper, "torch") == 0.0  # workers stay light
             # All at once, good ones between the bad: a bad one costs nobody else's score.
             mixed = [what for cause in CAUSES for what in (cause[0], "score 4")]
-            results = await asyncio.gather(
-                *(_score(wrapper, what) for what in mixed), return_exceptions=True
-            )
-            for (what, cause, text), failure, good in zip(
-                CAUSES, results[::2], results[1::2], strict=True
-            ):
+            results = await asyncio.gather(*(_score(wrapper, what) for what in mixed), return_exceptions=True)
+            for (what, cause, text), failure, good in zip(CAUSES, results[::2], results[1::2], strict=True):
                 assert isinstance(failure, RewardFailure), what
                 assert failure.cause == cause, what
                 assert text in str(failure), what
@@ -141,18 +135,12 @@ def test_fast_scores_are_sent_together_and_a_hanging_one_harms_only_itself() -> 
         async with RewardService(workers=1, timeout=0.5):
             wrapper = AsyncRewardWrapper(behave)
             for _ in range(3):  # the service learns that these are short
-                await asyncio.gather(
-                    *(_score(wrapper, f"score {i}") for i in range(64))
-                )
+                await asyncio.gather(*(_score(wrapper, f"score {i}") for i in range(64)))
             whats = [f"score {i}" for i in range(40)]
             whats[5] = "hang"
             whats[9] = "die"
-            results = await asyncio.gather(
-                *(_score(wrapper, what) for what in whats), return_exceptions=True
-            )
-            assert [r for i, r in enumerate(results) if i not in (5, 9)] == [
-                float(i) for i in range(40) if i not in (5, 9)
-            ]
+            results = await asyncio.gather(*(_score(wrapper, what) for what in whats), return_exceptions=True)
+            assert [r for i, r in enumerate(results) if i not in (5, 9)] == [float(i) for i in range(40) if i not in (5, 9)]
             assert [getattr(results[i], "cause", None) for i in (5, 9)] == [
                 "reward_timeout",
                 "reward_died",
@@ -167,10 +155,7 @@ def test_workers_run_in_parallel_and_time_in_the_queue_is_not_counted() -> None:
             wrapper = AsyncRewardWrapper(behave)
             await asyncio.gather(*(_score(wrapper, "sleep 0.05") for _ in range(8)))
             begin = time.monotonic()
-            assert (
-                await asyncio.gather(*(_score(wrapper, "sleep 0.4") for _ in range(16)))
-                == [1.0] * 16
-            )  # 1.6 s for each worker
+            assert await asyncio.gather(*(_score(wrapper, "sleep 0.4") for _ in range(16))) == [1.0] * 16  # 1.6 s for each worker
             assert time.monotonic() - begin < 4.0
 
     asyncio.run(main())
@@ -198,17 +183,12 @@ def test_cancelled_scores_leave_nothing_behind() -> None:
         async with RewardService(workers=1, timeout=30.0) as service:
             wrapper = AsyncRewardWrapper(behave)
             pid = int(await _score(wrapper, "pid"))
-            tasks = [
-                asyncio.ensure_future(_score(wrapper, what))
-                for what in ["sleep 0.3", "hang", "hang", "hang"]
-            ]
+            tasks = [asyncio.ensure_future(_score(wrapper, what)) for what in ["sleep 0.3", "hang", "hang", "hang"]]
             await asyncio.sleep(0.1)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            assert (
-                await asyncio.wait_for(_score(wrapper, "pid"), 5.0) == pid
-            )  # the running one ended, the queued hangs were never sent
+            assert await asyncio.wait_for(_score(wrapper, "pid"), 5.0) == pid  # the running one ended, the queued hangs were never sent
             assert not service._queue
         assert not _alive(pid)
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -233,9 +213,7 @@ def test_children_of_a_hung_reward_die_with_it() -> None:
 def test_function_that_cannot_travel_is_one_clear_error() -> None:
     async def main() -> None:
         async with RewardService():
-            with pytest.raises(
-                RewardServiceError, match="top level of a module, or make it async"
-            ):
+            with pytest.raises(RewardServiceError, match="top level of a module, or make it async"):
                 await AsyncRewardWrapper(lambda *args: 1.0)("p", "c", [], [])
 
     asyncio.run(main())
@@ -276,15 +254,11 @@ def _run_script(tmp_path: Path, guard: str, *args: str) -> subprocess.Popen[str]
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.replace("GUARD", guard))
     command = [sys.executable, str(script), str(tmp_path), *args]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_function_of_the_users_script(tmp_path: Path) -> None:
-    process = _run_script(
-        tmp_path, "if __name__ == '__main__':\n    asyncio.run(main())"
-    )
+    process = _run_script(tmp_path, "if __name__ == '__main__':\n    asyncio.run(main())")
     out, err = process.communicate(timeout=60)
     assert (json.loads(out), process.returncode) == (4.0, 0), err
 
@@ -297,9 +271,7 @@ def test_script_without_guard_is_told(tmp_path: Path) -> None:
 
 
 def test_killed_controller_takes_a_hung_worker_with_it(tmp_path: Path) -> None:
-    process = _run_script(
-        tmp_path, "if __name__ == '__main__':\n    asyncio.run(main())", "stay"
-    )
+    process = _run_script(tmp_path, "if __name__ == '__main__':\n    asyncio.run(main())", "stay")
     log = tmp_path / "reward_1.log"
     for _ in range(300):
         if log.exists() and log.read_text().strip():
@@ -316,9 +288,7 @@ def test_killed_controller_takes_a_hung_worker_with_it(tmp_path: Path) -> None:
     pytest.fail("the worker outlived its controller")
 
 
-@pytest.mark.parametrize(
-    "value", [1, True, 0.5, np.float64(2), np.int32(3), np.array(4.0)]
-)
+@pytest.mark.parametrize("value", [1, True, 0.5, np.float64(2), np.int32(3), np.array(4.0)])
 def test_check_score_accepts_numbers(value: object) -> None:
     assert check_score(value) == float(value)  # type: ignore[arg-type]
 

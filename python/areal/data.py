@@ -255,8 +255,10 @@ def _huggingface(config: DatasetConfig, key: str) -> RowSource:
     return SequenceRows(rows, config.path, RowFormat(config), config.limit)
 
 
-def encode_prompt(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+def encode_prompt(row: Mapping[str, Any], tokenizer: Any, **template_options: Any) -> list[int]:
     """Token ids of a row's prompt. Messages go through the chat template, or are joined by newlines if the tokenizer has none.
+
+    ``template_options`` are variables for the template (``enable_thinking``).
 
     Raises:
         MalformedRow: the tokenizer or its template rejects the prompt.
@@ -267,7 +269,7 @@ def encode_prompt(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
         if "messages" not in row:
             return list(tokenizer(row["prompt"])["input_ids"])
         if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True, **template_options)
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return list(tokenizer("\n".join(str(m["content"]) for m in row["messages"]))["input_ids"])
     except Exception as error:  # tokenizers raises bare Exception, templates raise jinja2's own: the row is at fault either way

@@ -58,7 +58,9 @@ class ChildProcess:
         pass_fds: Sequence[int] = (),
     ) -> None:
         if IMPORTING_MAIN_VARIABLE in os.environ:
-            raise RuntimeError("the training script started again while a worker imported it; put its start under if __name__ == '__main__':")
+            raise RuntimeError(
+                "the training script started again while a worker imported it; put its start under if __name__ == '__main__':"
+            )
         self.name = name
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,13 @@ class ChildProcess:
         with log_path.open("ab") as log:
             # Own session: Ctrl-C reaches the controller only, which then ends its children in order.
             self._process = subprocess.Popen(
-                [python, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True, pass_fds=pass_fds
+                [python, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                pass_fds=pass_fds,
             )
 
     @property
@@ -89,9 +97,19 @@ class ChildProcess:
     def describe_death(self, n: int = 10) -> str:
         """Name, exit code and last log lines, for an error message."""
         code = self.poll()
-        how = "is still running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        how = (
+            "is still running"
+            if code is None
+            else f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with code {code}"
+        )
         lines = self.last_log_lines(n)
-        return f"{self.name} (pid {self.pid}) {how}; its log {self.log_path} ends:\n{lines}" if lines else f"{self.name} (pid {self.pid}) {how}"
+        return (
+            f"{self.name} (pid {self.pid}) {how}; its log {self.log_path} ends:\n{lines}"
+            if lines
+            else f"{self.name} (pid {self.pid}) {how}"
+        )
 
     def kill(self) -> None:
         """Kills the whole process group at once and reaps the child."""

@@ -47,9 +47,7 @@ def gsm8k_reward(
         ValueError: the row has no answer: that is a fault of the data, not of the model.
     """
     if answer is None or not str(answer).strip():
-        raise ValueError(
-            "the row has no 'answer' to compare with; name its column with answer_key"
-        )
+        raise ValueError("the row has no 'answer' to compare with; name its column with answer_key")
     return float(math_equal(str(completions), str(answer)))
 
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import multiprocessing.spawn
 import pickle
 import shutil
-import socket
 import tempfile
 import time
 import weakref
@@ -24,198 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from areal.launcher.local import ChildProcess
-from areal.reward.worker import (
-    BAD_VALUE,
-    FRAME_HEADER,
-    OK,
-    BadScore,
-    check_score,
-    describe_error,
-    encode_frame,
-)
+from areal.reward.process import Job, RewardFailure, RewardProcess, fail
+from areal.reward.worker import BadScore, check_score, describe_error, encode_frame
 
-START_TIMEOUT = 60.0
 _MAX_FAILED_STARTS = 3
 _PIPELINE_SECONDS = 0.002  # scores expected to be shorter than this together are sent to a worker at once
 _PIPELINE_DEPTH = 16
 _MERGE_GAP = 0.010
 
 
-class RewardFailure(Exception):
-    """One score could not be had; ``cause`` is reward_raised, reward_timeout, reward_died or reward_bad_value."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
-
-
 class RewardServiceError(RuntimeError):
     """No score can be had at all: workers do not start, or the function cannot be sent to them."""
-
-
-class _Job:
-    __slots__ = ("frame", "future", "timeout")
-
-    def __init__(
-        self, frame: bytes, future: asyncio.Future[float], timeout: float
-    ) -> None:
-        self.frame = frame
-        self.future = future
-        self.timeout = timeout
-
-
-class _Worker(asyncio.Protocol):
-    """The parent's end of one worker process."""
-
-    def __init__(self, service: RewardService, name: str) -> None:
-        self._service = service
-        self._loop = asyncio.get_running_loop()
-        self._buffer = bytearray()
-        self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.WriteTransport | None = None
-        self.jobs: deque[_Job] = (
-            deque()
-        )  # sent and unanswered, in order; the first is running
-        self.ready = False
-        self.dead = False
-        self._deadline = self._loop.time() + START_TIMEOUT
-        ours, theirs = socket.socketpair()
-        with theirs:
-            argv = [
-                "-c",
-                f"from areal.reward.worker import main; main({theirs.fileno()})",
-            ]
-            self.process = ChildProcess(
-                name,
-                argv,
-                service.log_dir / f"{name.replace(' ', '_')}.log",
-                pass_fds=[theirs.fileno()],
-            )
-        self._socket = ours
-
-    async def connect(self) -> None:
-        self._socket.setblocking(False)
-        await self._loop.create_connection(lambda: self, sock=self._socket)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
-        preparation = multiprocessing.spawn.get_preparation_data(self.process.name)
-        preparation.pop("authkey", None)  # refuses to be pickled, and is not needed
-        transport.write(encode_frame(preparation))
-        self._arm()
-
-    def send(self, job: _Job) -> None:
-        assert self._transport is not None
-        if not self.jobs:
-            self._deadline = self._loop.time() + job.timeout
-            self._arm()
-        self.jobs.append(job)
-        self._transport.write(job.frame)
-
-    def data_received(self, data: bytes) -> None:
-        buffer = self._buffer
-        buffer += data
-        begin = 0
-        while len(buffer) - begin >= FRAME_HEADER.size:
-            (size,) = FRAME_HEADER.unpack_from(buffer, begin)
-            end = begin + FRAME_HEADER.size + size
-            if len(buffer) < end:
-                break
-            self._answer(
-                pickle.loads(memoryview(buffer)[begin + FRAME_HEADER.size : end])
-            )
-            begin = end
-        del buffer[:begin]
-        self._service._dispatch()
-
-    def _answer(self, message: Any) -> None:
-        if not self.ready:
-            self.ready = True
-            self._service._failed_starts = 0
-            return
-        status, value, seconds = message
-        job = self.jobs.popleft()
-        if self.jobs:
-            self._deadline = self._loop.time() + self.jobs[0].timeout
-            self._arm()
-        self._service._note_seconds(seconds)
-        if status == OK:
-            _resolve(job, value)
-        else:
-            _fail(
-                job,
-                RewardFailure(
-                    "reward_bad_value" if status == BAD_VALUE else "reward_raised",
-                    value,
-                ),
-            )
-
-    def _arm(self) -> None:
-        """One lazy timer a worker: moving the deadline later costs nothing."""
-        if self._timer is None or self._timer.when() > self._deadline:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(self._deadline, self._check_deadline)
-
-    def _check_deadline(self) -> None:
-        self._timer = None
-        if self.dead or (self.ready and not self.jobs):
-            return
-        if self._loop.time() < self._deadline:
-            self._arm()
-        elif not self.ready:
-            self._service._worker_lost(
-                self, f"{self.process.name} was not ready after {START_TIMEOUT:.0f} s"
-            )
-        else:
-            job = self.jobs.popleft()
-            _fail(
-                job,
-                RewardFailure(
-                    "reward_timeout",
-                    f"the reward function did not return within {job.timeout:g} s",
-                ),
-            )
-            self._service._worker_lost(self, None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.dead:
-            return
-        if not self.ready:
-            self._service._worker_lost(self, f"{self.process.name} died while starting")
-            return
-        self.kill()
-        if self.jobs:
-            _fail(
-                self.jobs.popleft(),
-                RewardFailure(
-                    "reward_died",
-                    f"the reward function ended its process: {self.process.describe_death(3)}",
-                ),
-            )
-        self._service._worker_lost(self, None)
-
-    def kill(self) -> None:
-        self.dead = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._transport is not None:
-            self._transport.abort()
-        else:
-            self._socket.close()
-        self.process.kill()
-
-
-def _resolve(job: _Job, score: float) -> None:
-    if not job.future.done():
-        job.future.set_result(score)
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    if not job.future.done():
-        job.future.set_exception(error)
 
 
 class RewardService:
@@ -227,17 +44,13 @@ class RewardService:
         log_dir: where the workers' output goes; None = a temporary folder, removed at the end.
     """
 
-    def __init__(
-        self, workers: int = 1, timeout: float = 15.0, log_dir: Path | None = None
-    ) -> None:
+    def __init__(self, workers: int = 1, timeout: float = 15.0, log_dir: Path | None = None) -> None:
         self.timeout = timeout
-        self._temporary = (
-            Path(tempfile.mkdtemp(prefix="areal-reward-")) if log_dir is None else None
-        )
+        self._temporary = Path(tempfile.mkdtemp(prefix="areal-reward-")) if log_dir is None else None
         self.log_dir = log_dir or self._temporary or Path()
         self._n_workers = workers
-        self._workers: list[_Worker] = []
-        self._queue: deque[_Job] = deque()
+        self._workers: list[RewardProcess] = []
+        self._queue: deque[Job] = deque()
         self._failed_starts = 0
         self._started = 0
         self._seconds = 1.0  # moving average of a score; pessimistic until measured
@@ -294,9 +107,7 @@ class RewardService:
                 self._spans.append([now, now])
         try:
             seconds = self.timeout if timeout is None else timeout
-            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-                getattr(function, "__call__", None)
-            ):  # noqa: B004
+            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
                 return await _score_on_loop(function, args, kwargs, seconds)
             return await self._score_in_worker(function, args, kwargs, seconds)
         finally:
@@ -327,7 +138,7 @@ class RewardService:
                 f"the reward function {name} or its arguments cannot be sent to a worker process ({error}); "
                 "define it at the top level of a module, or make it async"
             ) from error
-        job = _Job(frame, asyncio.get_running_loop().create_future(), timeout)
+        job = Job(frame, asyncio.get_running_loop().create_future(), timeout)
         self._queue.append(job)
         if not self._dispatch_planned:  # calls of the same tick are dealt out together
             self._dispatch_planned = True
@@ -356,18 +167,19 @@ class RewardService:
                 if not job.future.done():
                     worker.send(job)
 
-    def _note_seconds(self, seconds: float) -> None:
-        self._seconds += (
-            0.1 * (seconds - self._seconds)
-            if seconds < self._seconds
-            else seconds - self._seconds
-        )
+    def worker_free(self, seconds: float | None) -> None:
+        """A worker is ready (None), or answered, its last score having taken ``seconds``."""
+        if seconds is None:
+            self._failed_starts = 0
+        else:  # up at once, down slowly: a slow score must not have others sent behind it
+            self._seconds = max(seconds, 0.9 * self._seconds + 0.1 * seconds)
+        self._dispatch()
 
     def _start_missing(self) -> None:
         while len(self._workers) < self._n_workers and not self._broken:
             self._started += 1
             try:
-                worker = _Worker(self, f"reward {self._started}")
+                worker = RewardProcess(self, f"reward {self._started}")
             except (
                 OSError,
                 RuntimeError,
@@ -379,7 +191,7 @@ class RewardService:
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
 
-    def _worker_lost(self, worker: _Worker, start_failure: str | None) -> None:
+    def worker_lost(self, worker: RewardProcess, start_failure: str | None) -> None:
         """Kill what is left of it; its unstarted jobs go back to the head of the queue; replace it."""
         self._workers.remove(worker)
         self._queue.extendleft(reversed(worker.jobs))
@@ -388,9 +200,7 @@ class RewardService:
         if start_failure is not None:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
-                self._break(
-                    f"{start_failure}, {self._failed_starts} times in a row: {worker.process.describe_death()}"
-                )
+                self._break(f"{start_failure}, {self._failed_starts} times in a row: {worker.process.describe_death()}")
                 return
         self._dispatch()
 
@@ -400,13 +210,11 @@ class RewardService:
             *self._queue,
             *(job for worker in self._workers for job in worker.jobs),
         ]:
-            _fail(job, RewardServiceError(reason))
+            fail(job, RewardServiceError(reason))
         self._queue.clear()
 
 
-_SERVICES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RewardService] = (
-    weakref.WeakKeyDictionary()
-)
+_SERVICES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RewardService] = weakref.WeakKeyDictionary()
 
 
 def shared_service() -> RewardService:
@@ -435,9 +243,7 @@ async def _score_on_loop(
         raise RewardFailure("reward_bad_value", str(error)) from error
     except RewardFailure:
         raise
-    except (
-        Exception
-    ) as error:  # boundary to the user's code: whatever it raises is one failed score
+    except Exception as error:  # boundary to the user's code: whatever it raises is one failed score
         if limit.expired():
             raise RewardFailure(
                 "reward_timeout",
@@ -471,6 +277,4 @@ class AsyncRewardWrapper:
         Raises:
             RewardFailure: it raised, hung, killed its process or returned something else.
         """
-        return await shared_service().score(
-            self.reward_fn, args, kwargs, self.timeout_seconds
-        )
+        return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds)

@@ -32,15 +32,11 @@ def check_score(value: object) -> float:
         BadScore: not a number (strings included), NaN or infinite.
     """
     if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
-        raise BadScore(
-            f"a reward must be a finite number, got {type(value).__name__} {str(value)[:80]!r}"
-        )
+        raise BadScore(f"a reward must be a finite number, got {type(value).__name__} {str(value)[:80]!r}")
     try:
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:  # arrays of several elements
-        raise BadScore(
-            f"a reward must be one finite number, got {type(value).__name__}: {error}"
-        ) from error
+        raise BadScore(f"a reward must be one finite number, got {type(value).__name__}: {error}") from error
     if not math.isfinite(score):
         raise BadScore(f"a reward must be a finite number, got {score}")
     return score
@@ -56,11 +52,7 @@ def describe_error(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    where = (
-        ""
-        if trace is None
-        else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
-    )
+    where = "" if trace is None else f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
     return f"{type(error).__name__}: {str(error)[:300]}{where}"
 
 
@@ -70,7 +62,7 @@ def _score(payload: bytes) -> tuple[int, float | str]:
         return OK, check_score(function(*args, **kwargs))
     except BadScore as error:
         return BAD_VALUE, str(error)
-    except BaseException as error:  # noqa: BLE001 - boundary to the user's code: whatever it raises, sys.exit included, is one failed score
+    except BaseException as error:
         return RAISED, describe_error(error)
 
 
@@ -108,8 +100,6 @@ def main(fd: int) -> None:
         status, value = _score(payload)
         sys.stdout.flush()
         try:
-            connection.sendall(
-                encode_frame((status, value, time.perf_counter() - begin))
-            )
+            connection.sendall(encode_frame((status, value, time.perf_counter() - begin)))
         except (BrokenPipeError, ConnectionResetError):  # the controller is gone
             return

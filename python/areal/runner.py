@@ -1,0 +1,254 @@
+"""Keeps as many groups in flight as staleness allows: rows in, whole groups of scored trajectories out.
+
+Invariants: every admitted group is handed to the buffer exactly once, as ``put`` or as ``reject``, and its slot returns in the same
+moment; a group is put only when all its samples were scored; a dropped group is counted once, by the cause of the sample that failed
+first. A cancelled runner leaves no task and no unfinished group behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from areal.config import GRPOConfig
+from areal.inference.client import RequestRejected, RolloutClient, Route
+from areal.reward import RewardFailure
+from areal.types import Group, ModelRequest, ModelResponse, Trajectory
+from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectory
+
+log = logging.getLogger(__name__)
+_LOGGED_PER_CAUSE = 3
+
+
+class RunnerError(RuntimeError):
+    """Rollouts cannot go on: the data set ended, or nothing but failures comes out."""
+
+
+class Admission(Protocol):
+    """``staleness.StalenessManager`` as the runner sees it."""
+
+    def capacity(self, version: int) -> int: ...
+    def admit(self) -> None: ...
+    def finish_accepted(self) -> None: ...
+    def finish_rejected(self) -> None: ...
+
+
+class GroupSink(Protocol):
+    """``buffer.TrajectoryBuffer`` as the runner sees it."""
+
+    def admitted(self, group_id: int, version: int) -> None: ...
+    def put(self, group: Group) -> None: ...
+    def reject(self, group_id: int) -> None: ...
+
+
+class DropCounter:
+    """Dropped groups by cause, over a whole run."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def totals(self) -> dict[str, int]:
+        return dict(sorted(self._counts.items()))
+
+    def add(self, cause: str, message: str = "") -> None:
+        """Counts one; the first messages of a cause are logged."""
+        self._counts[cause] += 1
+        if self._counts[cause] <= _LOGGED_PER_CAUSE:
+            log.warning("dropped (%s): %s", cause, message or "no message")
+
+
+class EpisodeEngine:
+    """What one episode generates with: every call has its own seed, all samples of a prompt share a server."""
+
+    __slots__ = ("_calls", "_client", "_key", "_route")
+
+    def __init__(self, client: RolloutClient, key: str, route: Route | None = None) -> None:
+        self._client = client
+        self._key = key
+        self._route = route
+        self._calls = 0
+
+    async def agenerate(self, request: ModelRequest) -> ModelResponse:
+        """As ``RolloutClient.agenerate``; the n-th call of an episode always has the same random numbers."""
+        seed = derive_seed(self._key, self._calls)
+        self._calls += 1
+        return await self._client.agenerate(request, sampling_seed=seed, route=self._route)
+
+    def get_version(self) -> int:
+        return self._client.get_version()
+
+
+def derive_seed(key: str, call: int) -> int:
+    """63 bits that depend on every character of the key and on the number of the call."""
+    digest = hashlib.blake2b(f"{key}/{call}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def episode_key(seed: int, data: dict[str, Any], sample: int) -> str:
+    """What the randomness of an episode depends on: run, prompt, epoch, sample."""
+    return f"{seed}/{data.get('prompt_id', '')}/{data.get('epoch', 0)}/{sample}"
+
+
+async def run_episode(
+    client: RolloutClient, workflow: RolloutWorkflow, data: dict[str, Any], *, seed: int, sample: int = 0, route: Route | None = None
+) -> Trajectory:
+    """One episode of a row, as a checked trajectory.
+
+    Raises:
+        EpisodeDropped: it gave no sample; ``cause`` says why. Errors that are nobody's single episode (no server, no reward workers)
+            come through as they are.
+    """
+    engine = EpisodeEngine(client, episode_key(seed, data, sample), route)
+    try:
+        result = await workflow.arun_episode(engine, dict(data))
+        if result is None:
+            raise EpisodeDropped("workflow_none", "the workflow returned None")
+        return to_trajectory(result)
+    except (EpisodeDropped, *FATAL):
+        raise
+    except RewardFailure as error:
+        raise EpisodeDropped(error.cause, str(error)) from error
+    except RequestRejected as error:
+        raise EpisodeDropped("request_rejected", str(error)) from error
+    except TrajectoryError as error:
+        raise EpisodeDropped("bad_trajectory", str(error)) from error
+    except TimeoutError as error:
+        raise EpisodeDropped("request_timeout", str(error) or "a wait inside the workflow timed out") from error
+    except Exception as error:  # boundary to the user's workflow: whatever it raises costs one group, counted
+        log.debug("a workflow raised", exc_info=True)
+        raise EpisodeDropped("workflow_raised", f"{type(error).__name__}: {error}") from error
+
+
+class Runner:
+    """Runs episodes until it is cancelled.
+
+    Args:
+        config: seed, n_samples, time limits.
+        dataset: an iterator of rows, or a sequence (then its rows in shuffled epochs, without end).
+        staleness, buffer: admission and destination; the version of both is ``client.acked_version``.
+        drops: counts what is lost.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        client: RolloutClient,
+        workflow: RolloutWorkflow,
+        dataset: Iterable[Any],
+        staleness: Admission,
+        buffer: GroupSink,
+        drops: DropCounter | None = None,
+    ) -> None:
+        self.config = config
+        self.drops = drops if drops is not None else DropCounter()
+        self._client = client
+        self._workflow = workflow
+        self._rows = _iterator(dataset, config.seed)
+        self._staleness = staleness
+        self._buffer = buffer
+        self._next_group = 0
+        self._wake = asyncio.Event()
+        self._dropped_in_a_row = 0
+        self._last_drop = ""
+
+    async def run(self) -> None:
+        """Never returns by itself.
+
+        Raises:
+            ExceptionGroup: around a RunnerError (the data set ended, nothing but failures), a ServerDied or a RewardServiceError.
+        """
+        self._client.on_change(self._wake.set)
+        try:
+            async with asyncio.TaskGroup() as groups:
+                while True:
+                    self._wake.clear()
+                    self._admit(groups)
+                    await self._wake.wait()
+        finally:
+            self._client.off_change(self._wake.set)
+
+    def _admit(self, groups: asyncio.TaskGroup) -> None:
+        version = self._client.acked_version
+        if version < 0:  # no server is alive
+            return
+        for _ in range(self._staleness.capacity(version)):
+            row = self._next_row()
+            if row is None:
+                continue
+            group_id = self._next_group
+            self._next_group += 1
+            self._staleness.admit()
+            self._buffer.admitted(group_id, version)
+            groups.create_task(self._run_group(group_id, row), name=f"group {group_id}").add_done_callback(self._wake_up)
+
+    def _wake_up(self, _: object) -> None:
+        self._wake.set()
+
+    def _next_row(self) -> dict[str, Any] | None:
+        """None for a row that is not a row: counted, and the next one is read in the next round."""
+        try:
+            row = next(self._rows)
+        except StopIteration:
+            raise RunnerError(
+                f"the data set ended after {self._next_group} prompts; give one that goes on (areal.data.PromptDataset)"
+            ) from None
+        if not isinstance(row, dict):
+            self._drop("malformed_row", f"a row is a dict, not {type(row).__name__}: {str(row)[:80]!r}")
+            self._wake.set()
+            return None
+        return row
+
+    async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
+        trajectories: list[Trajectory] | None = None
+        try:
+            trajectories = await self._episodes(row)
+        except EpisodeDropped as dropped:
+            self._drop(dropped.cause, str(dropped))
+        finally:  # also when cancelled, or when the run is ending: nobody waits for this group any more
+            if trajectories is None:
+                self._buffer.reject(group_id)
+                self._staleness.finish_rejected()
+            else:
+                self._dropped_in_a_row = 0
+                self._buffer.put(Group(group_id, row, trajectories))
+                self._staleness.finish_accepted()
+
+    async def _episodes(self, row: dict[str, Any]) -> list[Trajectory]:
+        """All samples of a prompt, or EpisodeDropped with the cause of the first that failed."""
+        seed, route, limit = self.config.seed, Route(), asyncio.timeout(self.config.rollout.episode_timeout)
+        try:
+            async with limit, asyncio.TaskGroup() as samples:
+                tasks = [
+                    samples.create_task(run_episode(self._client, self._workflow, row, seed=seed, sample=sample, route=route))
+                    for sample in range(self.config.gconfig.n_samples)
+                ]
+        except TimeoutError:
+            seconds = self.config.rollout.episode_timeout
+            raise EpisodeDropped("episode_timeout", f"a group was not finished after {seconds:g} s (rollout.episode_timeout)") from None
+        except BaseExceptionGroup as errors:
+            _, others = errors.split(EpisodeDropped)
+            if others is not None:
+                raise others from None
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def _drop(self, cause: str, message: str) -> None:
+        self.drops.add(cause, message)
+        self._dropped_in_a_row += 1
+        limit = max(100, 3 * self.config.rollout.max_concurrent_rollouts)
+        if self._dropped_in_a_row >= limit:
+            counts = ", ".join(f"{name} {n}" for name, n in self.drops.totals.items())
+            raise RunnerError(f"{limit} prompts in a row gave no group (dropped: {counts}); the last one: {message}")
+
+
+def _iterator(dataset: Iterable[Any], seed: int) -> Iterator[Any]:
+    if isinstance(dataset, Iterator):
+        return dataset
+    from areal.data import PromptDataset
+
+    return PromptDataset(dataset, seed=seed)  # type: ignore[arg-type]

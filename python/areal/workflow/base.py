@@ -1,0 +1,131 @@
+"""What a workflow is, and how the dict it returns becomes a ``Trajectory``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal.inference.client import ProtocolError, ServerDied
+from areal.reward import RewardServiceError
+from areal.types import ModelRequest, ModelResponse, Trajectory
+
+FATAL = (ServerDied, ProtocolError, RewardServiceError)
+"""What ends a run instead of one episode."""
+_KEYS = ("input_ids", "loss_mask", "logprobs", "versions")
+
+
+class TrajectoryError(ValueError):
+    """A workflow returned something that is not a trajectory, told in one sentence."""
+
+
+class EpisodeDropped(Exception):
+    """Raised by a workflow, or about one: this episode gives no sample. ``cause`` is counted; the group goes with it."""
+
+    def __init__(self, cause: str, message: str = "") -> None:
+        super().__init__(message or cause)
+        self.cause = cause
+
+
+class GenerationEngine(Protocol):
+    """What a workflow generates with: a ``RolloutClient``, or a handle on it made for one episode."""
+
+    async def agenerate(self, request: ModelRequest) -> ModelResponse: ...
+
+    def get_version(self) -> int: ...
+
+
+@runtime_checkable
+class RolloutWorkflow(Protocol):
+    """One episode: from a row of the data set to a scored sample. Many run at the same time on one object."""
+
+    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Mapping[str, Any] | None:
+        """Generates with ``engine`` and scores.
+
+        Returns:
+            ``input_ids``, ``loss_mask``, ``logprobs``, ``versions`` of shape [L] or [1, L] and ``rewards`` of shape [] or [1], as torch
+            tensors, numpy arrays or lists (see ``to_trajectory``); None drops the episode, and its group with it.
+        """
+        ...
+
+
+def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
+    """Checks what a workflow returned and brings it into the unpadded form.
+
+    Args:
+        result: per-token values are aligned with the token they describe (``logprobs[t]`` belongs to ``input_ids[t]``), versions are -1
+            on tokens that no policy sampled. An ``attention_mask`` [L] marks padding, which is cut off. Further keys are ignored.
+
+    Raises:
+        TrajectoryError: a key is missing, shapes disagree, or a loss token has no version or no finite log-prob.
+    """
+    if isinstance(result, Trajectory):
+        return result
+    if not isinstance(result, Mapping):
+        raise TrajectoryError(f"a workflow returns a dict of tensors or None, not {type(result).__name__}")
+    missing = [key for key in (*_KEYS, "rewards") if key not in result]
+    if missing:
+        raise TrajectoryError(f"the workflow's dict has no '{missing[0]}'; it has {', '.join(map(str, result)) or 'nothing'}")
+    ids, mask, logprobs, versions = (_flat(key, result[key]) for key in _KEYS)
+    lengths = {key: len(value) for key, value in zip(_KEYS, (ids, mask, logprobs, versions), strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise TrajectoryError(f"the workflow's per-token values differ in length: {lengths}")
+    if result.get("attention_mask") is not None:
+        keep = _flat("attention_mask", result["attention_mask"]).astype(bool)
+        if len(keep) != len(ids):
+            raise TrajectoryError(f"the workflow's attention_mask has {len(keep)} entries for {len(ids)} tokens")
+        ids, mask, logprobs, versions = ids[keep], mask[keep], logprobs[keep], versions[keep]
+    reward = np.asarray(_array("rewards", result["rewards"]), dtype=np.float64).reshape(-1)
+    if reward.size != 1:
+        raise TrajectoryError(
+            f"an episode has one reward, the workflow's 'rewards' has {reward.size} values; return one sample per episode"
+        )
+    if not np.isfinite(reward[0]):
+        raise TrajectoryError(f"the workflow's reward is {reward[0]}; it must be finite")
+    trajectory = Trajectory(
+        input_ids=ids.astype(np.int64),
+        loss_mask=mask.astype(bool),
+        logprobs=logprobs.astype(np.float32),
+        versions=versions.astype(np.int32),
+        reward=float(reward[0]),
+    )
+    _check_loss_tokens(trajectory)
+    return trajectory
+
+
+def _check_loss_tokens(trajectory: Trajectory) -> None:
+    mask = trajectory.loss_mask
+    if not mask.any():
+        raise TrajectoryError("the workflow's loss_mask is all zero: there is nothing to train on")
+    if mask[0]:
+        raise TrajectoryError("the first token has loss_mask 1, but nothing predicts it; shift the mask to the token it describes")
+    if (trajectory.versions[mask] < 0).any():
+        raise TrajectoryError("a token with loss_mask 1 has version -1; use the output_versions of the response")
+    if not np.isfinite(trajectory.logprobs[mask]).all() or (trajectory.logprobs[mask] > 1e-3).any():
+        raise TrajectoryError(
+            "a token with loss_mask 1 has a log-prob that is positive or not finite; use the output_logprobs of the response"
+        )
+    trajectory.logprobs[~mask] = 0.0
+
+
+def _array(key: str, value: Any) -> NDArray[Any]:
+    if hasattr(value, "detach"):  # a torch tensor; torch itself need not be imported here
+        value = value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"the workflow's '{key}' is not an array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TrajectoryError(f"the workflow's '{key}' is not an array of numbers but of {array.dtype}")
+    return array
+
+
+def _flat(key: str, value: Any) -> NDArray[Any]:
+    array = _array(key, value)
+    if array.ndim == 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 1:
+        raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}; it must be [L] or [1, L], one sample per episode")
+    return array
