@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,3 +80,47 @@ class RunTotals:
         self.train_steps += 1
         self.max_staleness_trained = max(self.max_staleness_trained, row["staleness_max"])
         self.tokens_trained += row["tokens_trained"]
+
+
+def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's part of the row."""
+    keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
+    drift = stats["logprob_drift"]
+    return {
+        **{key: stats[key] for key in keys},
+        "logprob_drift_mean": drift["mean_abs"],
+        "logprob_drift_max": drift["max_abs"],
+    }
+
+
+class StepClock:
+    """When the trainer waited and when it worked. Times are ``time.time()`` seconds, as everywhere in the timeline."""
+
+    def __init__(self) -> None:
+        self._last_end = time.time()
+
+    def start_step(self) -> None:
+        self.begin = time.time()
+
+    def got_batch(self) -> None:
+        self.batch_at = time.time()
+
+    def trained(self) -> None:
+        self.trained_at = time.time()
+
+    def spans(self) -> list[tuple[str, str, float, float]]:
+        return [("trainer 0", "waiting", self.begin, self.batch_at), ("trainer 0", "training", self.batch_at, self.trained_at)]
+
+    def row(self, tokens_trained: int, tokens_generated: int, rollout_busy_seconds: float) -> dict[str, float]:
+        """Rates since the end of the step before this one."""
+        now = time.time()
+        seconds, self._last_end = max(now - self._last_end, 1e-9), now
+        return {
+            "step_seconds": seconds,
+            "wait_seconds": self.batch_at - self.begin,
+            "trainer_busy": (self.trained_at - self.batch_at) / seconds,
+            "rollout_busy": min(1.0, rollout_busy_seconds / seconds),
+            "tokens_generated": tokens_generated,
+            "gen_tokens_per_s": tokens_generated / seconds,
+            "train_tokens_per_s": tokens_trained / seconds,
+        }

@@ -1,0 +1,227 @@
+"""Everything that a run has besides its loop: folder, model, data, processes, weights on their way, and what one sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from areal.config import ConfigError, GRPOConfig
+from areal.data import PromptDataset, load_dataset
+from areal.display import Display
+from areal.evaluation import Evaluation, evaluate
+from areal.inference.client import RolloutClient, WeightsAck
+from areal.inference.servers import RolloutServer, n_servers, start_server
+from areal.metrics import EngineMeter, StepClock
+from areal.reward import RewardService
+from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model
+from areal.runner import DropCounter
+from areal.stats import StatsLogger
+from areal.trainer.worker import TrainerHandle
+from areal.weight_sync.shm import unlink_stale
+from areal.workflow.base import RolloutWorkflow
+
+log = logging.getLogger(__name__)
+
+
+class RunFailed(RuntimeError):
+    """What ends a run: one sentence, with the last log lines of who died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the trainer published last."""
+
+    version: int
+    digest: str
+    """weights_hash, 16 hex digits."""
+
+
+class Cluster:
+    """The processes of a run. ``open`` starts them, ``close`` ends them; ``watch`` runs beside the loop and keeps them going."""
+
+    def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None) -> None:
+        self.config = config
+        self.drops = DropCounter()
+        self.meter = EngineMeter()
+        self.weights: Weights | None = None
+        self.servers: list[RolloutServer] = []
+        self._given = (train_dataset, valid_dataset)
+        self._resources = AsyncExitStack()
+        self._published = asyncio.Event()
+        self._acknowledged = asyncio.Event()
+        self._evaluating = asyncio.Lock()
+        self._saving = asyncio.Lock()
+
+    async def open(self) -> None:
+        config = self.config
+        train, valid = self._given
+        self.train_dataset = load_dataset(config.train_dataset, config.seed, "train") if train is None else _as_dataset(train, config.seed)
+        self.valid_rows = _valid_rows(config, valid)
+        self.run_folder = create_run_folder(config)
+        self.model_folder = prepare_model(config, self.run_folder)
+        self.tokenizer = load_tokenizer(self.model_folder)
+        self.display = self._resources.enter_context(Display(config, self.run_folder))
+        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config))
+        unlink_stale()
+        self.rewards = await self._resources.enter_async_context(
+            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
+        )
+        self.client = RolloutClient(config.rollout)
+        self._resources.push_async_callback(self.client.close)
+        self._resources.callback(self._end_servers)
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(self._start_trainer())
+            for index in range(n_servers(config.rollout.backend)):
+                starting.create_task(self._add_server(index))
+
+    async def close(self) -> None:
+        await self._resources.aclose()
+
+    async def _start_trainer(self) -> None:
+        self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)
+        self._resources.push_async_callback(self.trainer.close)
+
+    async def _add_server(self, index: int, restarts: int = 0) -> None:
+        """Starts a server; it gets requests once it has the current weights."""
+        server = await start_server(self.config, self.model_folder, self.run_folder, index, restarts)
+        self.servers.append(server)
+        if self.weights is not None:
+            self._check_hash(server.url, await self.client.update_server(server.url, self.trainer.shm_name, self.weights.version))
+        self.client.add_server(server.url, server.process)
+
+    def _end_servers(self) -> None:
+        for server in self.servers:
+            server.process.terminate()
+
+    # -- beside the loop --------------------------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Brings weights to the servers and replaces dead ones, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sync_weights(), name="weight sync")
+            tasks.create_task(self._watch_servers(), name="server watch")
+
+    async def _sync_weights(self) -> None:
+        """Takes the newest published weights to every server; versions published meanwhile are skipped over."""
+        while True:
+            await self._published.wait()
+            self._published.clear()
+            assert self.weights is not None
+            acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
+            for url, ack in acks.items():
+                self._check_hash(url, ack)
+            self._acknowledged.set()
+
+    def _check_hash(self, url: str, ack: WeightsAck) -> None:
+        """Both sides must hold the same weights. A server may already have a newer version than it was asked for."""
+        expected = self._digests.get(ack.version)
+        if expected is not None and ack.hash != expected:
+            raise RunFailed(f"{url} holds other weights than the trainer at version {ack.version}: hash {ack.hash} instead of {expected}")
+
+    async def _watch_servers(self) -> None:
+        """Replaces dead rollout servers, each up to ``rollout.max_restarts`` times."""
+        while True:
+            await asyncio.sleep(0.1)
+            for server in [s for s in self.servers if s.process.poll() is not None]:
+                self.servers.remove(server)
+                self.client.remove_server(server.url)
+                if server.restarts >= self.config.rollout.max_restarts:
+                    raise RunFailed(f"a rollout server died after {server.restarts} replacements: {server.process.describe_death()}")
+                self.display.note(f"{server.name} died and is being replaced: {server.process.describe_death(3)}")
+                await self._add_server(server.index, server.restarts + 1)
+
+    # -- weights ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _digests(self) -> dict[int, str]:
+        return {} if self.weights is None else {self.weights.version: self.weights.digest}
+
+    async def publish(self, version: int) -> None:
+        """The trainer's weights into shared memory, under this number; waits for no reader."""
+        begin = time.time()
+        version, digest = await self.trainer.publish(version)
+        self.weights = Weights(version, f"{digest:016x}")
+        self._published.set()
+        self.stats.span("trainer 0", "weight_sync", begin, time.time())
+
+    async def wait_for_version(self, version: int) -> None:
+        """Until every live server has acknowledged ``version``."""
+        try:
+            async with asyncio.timeout(self.config.rollout.request_timeout):
+                while self.client.acked_version < version:
+                    self._acknowledged.clear()
+                    await self._acknowledged.wait()
+        except TimeoutError:
+            raise RunFailed(
+                f"the controller waited {self.config.rollout.request_timeout:g} s (rollout.request_timeout) for the rollout servers to "
+                f"acknowledge version {version}; the oldest of them has {self.client.acked_version}"
+            ) from None
+
+    # -- evaluation, checkpoints, display ------------------------------------------------------------------------------------------
+
+    async def evaluate(self, workflow: RolloutWorkflow, when: str) -> Evaluation | None:
+        """On the held-out rows, one at a time; None where there are none."""
+        if not self.valid_rows:
+            return None
+        async with self._evaluating:
+            begin = time.time()
+            result = await evaluate(self.client, workflow, self.valid_rows, seed=self.config.seed, tokenizer=self.tokenizer)
+            self.stats.span("controller", "evaluation", begin, time.time())
+        self.display.evaluation(when, result)
+        self.stats.evaluation(when, result)
+        return result
+
+    async def save(self, name: str) -> None:
+        """A Hugging Face checkpoint under checkpoints/name, whole or not at all."""
+        begin = time.time()
+        async with self._saving:
+            await self.trainer.save(self.run_folder / "checkpoints" / name)
+        self.stats.span("trainer 0", "checkpoint", begin, time.time())
+
+    async def save_step(self, step: int) -> None:
+        """A checkpoint during the run: one that fails is counted and shown, and the run goes on."""
+        try:
+            await self.save(f"step_{step:06d}")
+        except OSError as error:
+            self.drops.add("checkpoint_failed", str(error))
+            self.display.note(f"the checkpoint of step {step} could not be written: {error}")
+            return
+        await asyncio.to_thread(keep_last, self.run_folder / "checkpoints", self.config.saver.keep)
+
+    async def read_engines(self) -> tuple[int, float]:
+        """Tokens generated and seconds busy, over all servers, since the last call."""
+        answers = await self.client.engine_stats()
+        for server in self.servers:
+            if server.url in answers:
+                for kind, begin, end in answers[server.url]["spans"]:
+                    self.stats.span(server.name, kind, begin, end)
+        for kind, begin, end in self.rewards.drain_spans():
+            self.stats.span("reward", kind, begin, end)
+        tokens, busy = self.meter.read(answers)
+        return tokens, busy / max(1, len(answers))
+
+    def log_step(self, row: dict[str, Any], clock: StepClock) -> None:
+        for actor, kind, begin, end in clock.spans():
+            self.stats.span(actor, kind, begin, end)
+        self.stats.step(row)
+        self.display.step(row)
+
+    def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        self.stats.summary(summary)
+        self.display.finish(summary, samples)
+
+
+def _as_dataset(rows: Any, seed: int) -> Any:
+    return rows if hasattr(rows, "__next__") else PromptDataset(rows, seed=seed)
+
+
+def _valid_rows(config: GRPOConfig, given: Any) -> list[dict[str, Any]]:
+    n = config.evaluator.n_prompts
+    if given is not None:
+        return (given if isinstance(given, PromptDataset) else PromptDataset(given, name="valid_dataset")).first(n)
+    source = config.valid_dataset or (config.train_dataset if config.train_dataset.type == "arithmetic" else None)
+    return load_dataset(source, config.seed, "valid").first(n) if source is not None and n else []
