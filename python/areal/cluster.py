@@ -49,6 +49,7 @@ class Cluster:
         self.meter = EngineMeter()
         self.weights: Weights | None = None
         self.servers: list[RolloutServer] = []
+        self._digests: dict[int, str] = {}  # of the last versions published
         self._given = (train_dataset, valid_dataset)
         self._resources = AsyncExitStack()
         self._published = asyncio.Event()
@@ -136,15 +137,12 @@ class Cluster:
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _digests(self) -> dict[int, str]:
-        return {} if self.weights is None else {self.weights.version: self.weights.digest}
-
     async def publish(self, version: int) -> None:
         """The trainer's weights into shared memory, under this number; waits for no reader."""
         begin = time.time()
         version, digest = await self.trainer.publish(version)
         self.weights = Weights(version, f"{digest:016x}")
+        self._digests = {v: d for v, d in self._digests.items() if v > version - 8} | {version: self.weights.digest}
         self._published.set()
         self.stats.span("trainer 0", "weight_sync", begin, time.time())
 

@@ -39,7 +39,7 @@ from areal.sft import warm_up
 from areal.staleness import StalenessManager
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
-from areal.workflow import build_workflow
+from areal.workflow.build import build_workflow
 
 
 class PPOTrainer:
@@ -76,14 +76,28 @@ class PPOTrainer:
     def run_folder(self) -> Path:
         return self._cluster.run_folder
 
-    def train(self, workflow: Any = None, workflow_kwargs: dict[str, Any] | None = None) -> RunTotals:
+    def train(
+        self,
+        workflow: Any = None,
+        workflow_kwargs: dict[str, Any] | None = None,
+        eval_workflow: Any = None,
+        eval_workflow_kwargs: dict[str, Any] | None = None,
+    ) -> RunTotals:
         """Warm-up, evaluation, reinforcement learning, evaluation; returns what ``summary.json`` holds.
 
         Args:
             workflow: a ``RolloutWorkflow`` object, its class or its import path; None = ``RLVRWorkflow`` with the config's reward.
             workflow_kwargs: of the class.
+            eval_workflow, eval_workflow_kwargs: the same for held-out prompts; None = that of training.
         """
-        return self._in_loop(self._train(workflow, workflow_kwargs or {}))
+        config, tokenizer = self.config, self._cluster.tokenizer
+        self.workflow = build_workflow(config, tokenizer, workflow, workflow_kwargs)
+        if eval_workflow is not None or workflow is None:
+            gconfig = config.evaluator.gconfig
+            self.eval_workflow = build_workflow(config, tokenizer, eval_workflow, eval_workflow_kwargs, gconfig=gconfig)
+        else:
+            self.eval_workflow = self.workflow
+        return self._in_loop(self._train())
 
     def _in_loop(self, coroutine: Any) -> Any:
         try:
@@ -91,14 +105,13 @@ class PPOTrainer:
         except BaseExceptionGroup as group:
             raise _first_error(group) from group
 
-    async def _train(self, workflow: Any, workflow_kwargs: dict[str, Any]) -> RunTotals:
+    async def _train(self) -> RunTotals:
         config, cluster, totals = self.config, self._cluster, self.totals
-        self.workflow = build_workflow(config, cluster.tokenizer, workflow, workflow_kwargs)
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(cluster.watch())
             if config.warmup is not None:
                 begin = time.monotonic()
-                await warm_up(config, cluster, self.workflow)
+                await warm_up(config, cluster, self.eval_workflow)
                 totals.seconds_warmup = time.monotonic() - begin
             await cluster.publish(0)
             before = await self._evaluate("before", wait_for_version=0)
@@ -165,7 +178,7 @@ class PPOTrainer:
         """Held-out prompts under the newest weights; ``wait_for_version``: not before every server has these."""
         if wait_for_version is not None:
             await self._cluster.wait_for_version(wait_for_version)
-        return await self._cluster.evaluate(self.workflow, when)
+        return await self._cluster.evaluate(self.eval_workflow, when)
 
     async def _report(self, row: dict[str, Any], clock: StepClock, n_buffered: int, n_inflight: int) -> None:
         cluster = self._cluster

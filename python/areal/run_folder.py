@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,9 @@ def load_tokenizer(model_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+
+
+def keep_last(checkpoints: Path, n: int) -> None:
+    """Removes all step checkpoints but the last ``n``."""
+    for folder in sorted(checkpoints.glob("step_*"))[:-n]:
+        shutil.rmtree(folder)
