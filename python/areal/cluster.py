@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from areal.config import ConfigError, GRPOConfig
+from areal.config import GRPOConfig
 from areal.data import PromptDataset, load_dataset
 from areal.display import Display
-from areal.evaluation import Evaluation, evaluate
+from areal.evaluation import Evaluation, SampleAnswer, evaluate
 from areal.inference.client import RolloutClient, WeightsAck
 from areal.inference.servers import RolloutServer, n_servers, start_server
-from areal.metrics import EngineMeter, StepClock
+from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
 from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model
 from areal.runner import DropCounter
@@ -111,11 +112,14 @@ class Cluster:
         while True:
             await self._published.wait()
             self._published.clear()
-            assert self.weights is not None
-            acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
-            for url, ack in acks.items():
-                self._check_hash(url, ack)
-            self._acknowledged.set()
+            await self._update_servers()
+
+    async def _update_servers(self) -> None:
+        assert self.weights is not None
+        acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
+        for url, ack in acks.items():
+            self._check_hash(url, ack)
+        self._acknowledged.set()
 
     def _check_hash(self, url: str, ack: WeightsAck) -> None:
         """Both sides must hold the same weights. A server may already have a newer version than it was asked for."""
@@ -137,14 +141,21 @@ class Cluster:
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
 
-    async def publish(self, version: int) -> None:
-        """The trainer's weights into shared memory, under this number; waits for no reader."""
+    async def publish(self, version: int, *, wait: bool = False) -> None:
+        """The trainer's weights into shared memory, under this number, which waits for no reader.
+
+        ``watch`` takes them to the servers; with ``wait`` this call does, and returns when every server has them. A number may be
+        published again only with ``wait``.
+        """
         begin = time.time()
         version, digest = await self.trainer.publish(version)
         self.weights = Weights(version, f"{digest:016x}")
         self._digests = {v: d for v, d in self._digests.items() if v > version - 8} | {version: self.weights.digest}
-        self._published.set()
         self.stats.span("trainer 0", "weight_sync", begin, time.time())
+        if wait:
+            await self._update_servers()
+        else:
+            self._published.set()
 
     async def wait_for_version(self, version: int) -> None:
         """Until every live server has acknowledged ``version``."""
@@ -169,8 +180,10 @@ class Cluster:
             begin = time.time()
             result = await evaluate(self.client, workflow, self.valid_rows, seed=self.config.seed, tokenizer=self.tokenizer)
             self.stats.span("controller", "evaluation", begin, time.time())
-        self.display.evaluation(when, result)
-        self.stats.evaluation(when, result)
+        row = asdict(result) | {"when": when, "step": self.client.acked_version}
+        del row["samples"]
+        self.display.evaluation(row)
+        self.stats.evaluation(row)
         return result
 
     async def save(self, name: str) -> None:
@@ -202,15 +215,19 @@ class Cluster:
         tokens, busy = self.meter.read(answers)
         return tokens, busy / max(1, len(answers))
 
+    def log_warmup(self, row: dict[str, Any]) -> None:
+        self.stats.warmup(row)
+        self.display.warmup(row)
+
     def log_step(self, row: dict[str, Any], clock: StepClock) -> None:
         for actor, kind, begin, end in clock.spans():
             self.stats.span(actor, kind, begin, end)
         self.stats.step(row)
         self.display.step(row)
 
-    def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        self.stats.summary(summary)
-        self.display.finish(summary, samples)
+    def finish(self, totals: RunTotals, samples: Sequence[SampleAnswer]) -> None:
+        self.stats.write_summary(totals)
+        self.display.finish(totals, samples)
 
 
 def _as_dataset(rows: Any, seed: int) -> Any:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from areal.evaluation import Evaluation
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
 from areal.packer import make_train_batch
 from areal.runner import Runner
-from areal.sft import warm_up
+from areal.warmup import warm_up
 from areal.staleness import StalenessManager
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
@@ -113,12 +112,13 @@ class PPOTrainer:
                 begin = time.monotonic()
                 await warm_up(config, cluster, self.eval_workflow)
                 totals.seconds_warmup = time.monotonic() - begin
-            await cluster.publish(0)
-            before = await self._evaluate("before", wait_for_version=0)
+            await cluster.publish(0, wait=True)
+            before = await self._evaluate("before")
             begin = time.monotonic()
             await self._learn(tasks)
             totals.seconds_rl = time.monotonic() - begin
-            after = await self._evaluate("after", wait_for_version=config.total_train_steps)
+            await cluster.wait_for_version(config.total_train_steps)
+            after = await self._evaluate("after")
             await cluster.save("final")
             watching.cancel()
         self._finish(before, after)
@@ -174,10 +174,8 @@ class PPOTrainer:
         if evaluator.every_steps and step % evaluator.every_steps == 0 and step < self.config.total_train_steps:
             tasks.create_task(self._evaluate(f"step {step}"), name=f"evaluation {step}")
 
-    async def _evaluate(self, when: str, wait_for_version: int | None = None) -> Evaluation | None:
-        """Held-out prompts under the newest weights; ``wait_for_version``: not before every server has these."""
-        if wait_for_version is not None:
-            await self._cluster.wait_for_version(wait_for_version)
+    async def _evaluate(self, when: str) -> Evaluation | None:
+        """Held-out prompts under the weights that the servers have."""
         return await self._cluster.evaluate(self.eval_workflow, when)
 
     async def _report(self, row: dict[str, Any], clock: StepClock, n_buffered: int, n_inflight: int) -> None:
@@ -196,7 +194,7 @@ class PPOTrainer:
         totals.tokens_generated = cluster.meter.tokens_generated
         totals.dropped = cluster.drops.totals
         totals.seconds_total = time.monotonic() - self._started
-        cluster.finish(asdict(totals), [asdict(s) for s in after.samples] if after is not None else [])
+        cluster.finish(totals, after.samples if after is not None else [])
 
 
 def run_train(config: GRPOConfig) -> Path:

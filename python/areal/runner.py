@@ -55,9 +55,9 @@ class DropCounter:
     def totals(self) -> dict[str, int]:
         return dict(sorted(self._counts.items()))
 
-    def add(self, cause: str, message: str = "") -> None:
-        """Counts one; the first messages of a cause are logged."""
-        self._counts[cause] += 1
+    def add(self, cause: str, message: str = "", n: int = 1) -> None:
+        """Counts ``n``; the first messages of a cause are logged."""
+        self._counts[cause] += n
         if self._counts[cause] <= _LOGGED_PER_CAUSE:
             log.warning("dropped (%s): %s", cause, message or "no message")
 
