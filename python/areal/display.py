@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.text import Text
 
 from areal.config import GRPOConfig
 from areal.display_panel import RunPanel, RunState, clock, count, is_number, number, share, tiny
+
+if TYPE_CHECKING:
+    from areal.evaluation import Evaluation
 
 _HISTORY = ("reward", "accuracy", "length", "entropy")
 
@@ -90,9 +93,14 @@ class Display:
         if self._live is None:
             self._print(step_line(row, state))
 
-    def evaluation(self, label: str, accuracy: float, length: float, n: int) -> None:
-        """The result of an evaluation."""
-        self._print(f"{label}: accuracy {100 * accuracy:.1f}% on {n} held-out prompts, mean length {length:.1f} tokens", "green")
+    def evaluation(self, when: str, result: Evaluation) -> None:
+        """The result of an evaluation; ``when`` is "before", "after" or "step N"."""
+        if result.accuracy is None or result.length is None:
+            text = "no held-out answer could be scored"
+        else:
+            text = f"accuracy {100 * result.accuracy:.1f}% on {result.n_scored} held-out prompts, mean length {result.length:.1f} tokens"
+        failed = "".join(f"; {n} {cause.replace('_', ' ')}" for cause, n in result.failures.items())
+        self._print(f"{when}: {text}{failed}", "yellow" if failed else "green")
 
     def _watch_drift(self, row: Mapping[str, Any]) -> None:
         drift, bound = row.get("logprob_drift_max"), self.state.drift_bound
@@ -126,7 +134,7 @@ def step_line(row: Mapping[str, Any], state: RunState) -> str:
     """One step as one line of text, for logs."""
     dropped = sum((row.get("dropped") or {}).values())
     parts = [
-        f"step {row.get('step', -1) + 1}/{state.total_steps}",
+        f"step {row.get('step', 0)}/{state.total_steps}",
         f"reward {number(row.get('reward'), 3)}",
         f"accuracy {share(row.get('accuracy'))}",
         f"length {number(row.get('length'), 1)}",
@@ -166,7 +174,7 @@ def _totals_line(totals: Mapping[str, Any]) -> str:
     parts.append(f"{count(totals.get('tokens_generated'))} tokens generated, {count(totals.get('tokens_trained'))} trained")
     parts.append(f"oldest token {totals.get('max_staleness_trained')} versions")
     dropped = {k: v for k, v in (totals.get("dropped") or {}).items() if v}
-    parts.append("dropped " + (", ".join(f"{v} {k}" for k, v in dropped.items()) if dropped else "nothing"))
+    parts.append("dropped " + (", ".join(f"{v} {k.replace('_', ' ')}" for k, v in dropped.items()) if dropped else "nothing"))
     return "; ".join(parts)
 
 

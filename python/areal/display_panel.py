@@ -136,7 +136,7 @@ class RunPanel:
 
     def _training(self, width: int) -> Group:
         row, eta = self.state.row, self.state.eta
-        progress = self._progress("step", int(row.get("step", -1)) + 1, self.state.total_steps, self.state.phase_started, width)
+        progress = self._progress("step", int(row.get("step", 0)), self.state.total_steps, self.state.phase_started, width)
         return Group(progress, _columns(self._policy(row), self._system(row, eta), width), *self._warnings(row))
 
     def _policy(self, row: Mapping[str, Any]) -> Table:
@@ -165,8 +165,8 @@ class RunPanel:
         lines = []
         dropped = {k: v for k, v in (row.get("dropped") or {}).items() if v}
         if dropped:
-            text = ", ".join(f"{v} {k}" for k, v in sorted(dropped.items(), key=lambda item: -item[1]))
-            lines.append(Text.assemble(("dropped groups  ", "yellow"), text))
+            text = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sorted(dropped.items(), key=lambda item: -item[1]))
+            lines.append(Text.assemble(("dropped  ", "yellow"), text))
         if row.get("skipped_nonfinite"):
             lines.append(Text(f"skipped steps with non-finite gradients: {row['skipped_nonfinite']}", style="bold red"))
         return lines
