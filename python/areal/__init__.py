@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from areal.config import GRPOConfig as GRPOConfig
     from areal.config_load import load_expr_config as load_expr_config
     from areal.controller import PPOTrainer as PPOTrainer
-    from areal.reward.wrapper import AsyncRewardWrapper as AsyncRewardWrapper
+    from areal.reward.service import AsyncRewardWrapper as AsyncRewardWrapper
     from areal.sft import SFTTrainer as SFTTrainer
     from areal.types import ModelRequest as ModelRequest
     from areal.types import ModelResponse as ModelResponse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from areal.workflow.rlvr import RLVRWorkflow as RLVRWorkflow
 
 _HOMES = {
-    "AsyncRewardWrapper": "areal.reward.wrapper",
+    "AsyncRewardWrapper": "areal.reward.service",
     "ConfigError": "areal.config",
     "GRPOConfig": "areal.config",
     "GenerationConfig": "areal.config",

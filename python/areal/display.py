@@ -1,0 +1,197 @@
+"""What one sees of a run while it runs: a live panel on a terminal, one line a step everywhere else. All of it on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from areal.config import GRPOConfig
+from areal.display_panel import RunPanel, RunState, clock, count, is_number, number, share, tiny
+
+if TYPE_CHECKING:
+    from areal.evaluation import Evaluation
+
+_HISTORY = ("reward", "accuracy", "length", "entropy")
+
+
+class Display:
+    """Told about a run by the controller. Not thread-safe: all calls come from the controller's thread."""
+
+    def __init__(self, config: GRPOConfig, run_dir: Path, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.run_dir = run_dir
+        self.state = RunState(
+            title=f"{config.experiment_name}/{config.trial_name}",
+            total_steps=config.total_train_steps,
+            eta=config.rollout.max_head_offpolicyness,
+            drift_bound=config.stats_logger.logprob_drift_bound,
+            warmup_total=config.warmup.total_steps if config.warmup else 0,
+        )
+        live = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.encoding.startswith("utf")
+        # Two redraws a second are cheap and keep the clock going while a long step runs.
+        self._live = Live(RunPanel(self.state), console=self.console, refresh_per_second=2, transient=True) if live else None
+        self._drifting = False
+        self._last_warmup_line = 0.0
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the panel away; notes and results stay. Calling it twice does no harm."""
+        if self._live is not None:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """What the run is doing outside of warm-up and training: "starting servers", "evaluation before", ..."""
+        self.state.enter(name)
+        if self._live is None:
+            self._print(name)
+
+    def note(self, text: str, style: str = "yellow") -> None:
+        """A line that stays: something the user should know about."""
+        self._print(text, style)
+
+    def warmup(self, row: Mapping[str, Any]) -> None:
+        """Progress of the warm-up: ``step``, ``loss``, and ``accuracy`` where it was measured."""
+        state = self.state
+        state.enter("warm-up")
+        state.warmup = dict(row)
+        state.remember({**row, "warmup_loss": row.get("loss")}, ("warmup_loss", "accuracy"))
+        measured = is_number(row.get("accuracy"))
+        now = time.monotonic()
+        if self._live is None and (measured or now - self._last_warmup_line >= 10):
+            self._last_warmup_line = now
+            accuracy = f"  accuracy {share(row['accuracy'])}" if measured else ""
+            self._print(f"warm-up {row.get('step', 0)}/{state.warmup_total}  loss {number(row.get('loss'), 3)}{accuracy}")
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One train step of reinforcement learning: the row that also goes to ``metrics.jsonl``."""
+        state = self.state
+        if state.phase != "training":
+            if not state.row:
+                state.history.clear()  # what the warm-up left
+            state.enter("training")
+        state.row = dict(row)
+        state.remember(row, _HISTORY)
+        self._watch_drift(row)
+        if self._live is None:
+            self._print(step_line(row, state))
+
+    def evaluation(self, when: str, result: Evaluation) -> None:
+        """The result of an evaluation; ``when`` is "before", "after" or "step N"."""
+        if result.accuracy is None or result.length is None:
+            text = "no held-out answer could be scored"
+        else:
+            text = f"accuracy {100 * result.accuracy:.1f}% on {result.n_scored} held-out prompts, mean length {result.length:.1f} tokens"
+        failed = "".join(f"; {n} {cause.replace('_', ' ')}" for cause, n in result.failures.items())
+        self._print(f"{when}: {text}{failed}", "yellow" if failed else "green")
+
+    def _watch_drift(self, row: Mapping[str, Any]) -> None:
+        drift, bound = row.get("logprob_drift_max"), self.state.drift_bound
+        if not is_number(drift):
+            return
+        drifting = drift > bound
+        if drifting and not self._drifting:
+            self.note(
+                f"step {row.get('step')}: log-probs of engine and trainer for the same version differ by {drift:.1e}, "
+                f"more than stats_logger.logprob_drift_bound={bound:.0e}: both sides may not compute the same model",
+                "bold red",
+            )
+        elif self._drifting and not drifting:
+            self.note(f"step {row.get('step')}: log-probs of engine and trainer agree again ({drift:.1e})")
+        self._drifting = drifting
+
+    def finish(self, summary: Mapping[str, Any] | Any, samples: Sequence[Any] = ()) -> None:
+        """The panel makes way for the before/after table and a few answers (``prompt``, ``answer``, ``reward``)."""
+        self.close()
+        totals = dict(summary) if isinstance(summary, Mapping) else dataclasses.asdict(summary)
+        self.console.print(before_after(totals), Text(_totals_line(totals)))
+        if samples:
+            self.console.print(sample_answers(samples))
+        self.console.print(f"run folder: {escape(str(self.run_dir))}", soft_wrap=True)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(Text(f"{clock(time.monotonic() - self.state.started):>7}  {text}", style=style), soft_wrap=self._live is None)
+
+
+def step_line(row: Mapping[str, Any], state: RunState) -> str:
+    """One step as one line of text, for logs."""
+    dropped = sum((row.get("dropped") or {}).values())
+    parts = [
+        f"step {row.get('step', 0)}/{state.total_steps}",
+        f"reward {number(row.get('reward'), 3)}",
+        f"accuracy {share(row.get('accuracy'))}",
+        f"length {number(row.get('length'), 1)}",
+        f"stale {number(row.get('staleness_mean'), 2)} max {row.get('staleness_max', '–')}/{state.eta}",
+        f"gen {count(row.get('gen_tokens_per_s'))} tok/s {share(row.get('rollout_busy'))} busy",
+        f"train {count(row.get('train_tokens_per_s'))} tok/s {share(row.get('trainer_busy'))} busy",
+        f"drift {tiny(row.get('logprob_drift_max'))}",
+    ]
+    if dropped:
+        parts.append(f"dropped {dropped}")
+    if row.get("skipped_nonfinite"):
+        parts.append(f"non-finite {row['skipped_nonfinite']}")
+    return "  ".join(parts)
+
+
+def before_after(totals: Mapping[str, Any]) -> Table:
+    """The result of a run: accuracy and length of held-out answers, before and after."""
+    table = Table(box=SIMPLE_HEAD, title="held-out prompts", title_justify="left", title_style="bold")
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, key, scale, unit in (("accuracy", "accuracy", 100, "%"), ("answer length, tokens", "length", 1, "")):
+        before, after = totals.get(f"{key}_before"), totals.get(f"{key}_after")
+        if is_number(before) and is_number(after):
+            change = f"{scale * (after - before):+.1f}"
+            better = "green" if key == "accuracy" and after > before else ""
+            table.add_row(label, f"{scale * before:.1f}{unit}", Text(f"{scale * after:.1f}{unit}", style=f"bold {better}"), change)
+        else:
+            table.add_row(label, *(f"{scale * v:.1f}{unit}" if is_number(v) else "–" for v in (before, after)), "–")
+    return table
+
+
+def _totals_line(totals: Mapping[str, Any]) -> str:
+    parts = [f"{totals.get('train_steps', 0)} train steps in {clock(totals.get('seconds_rl') or 0)}"]
+    if totals.get("seconds_warmup"):
+        parts.append(f"warm-up {clock(totals['seconds_warmup'])}")
+    parts.append(f"whole run {clock(totals.get('seconds_total') or 0)}")
+    parts.append(f"{count(totals.get('tokens_generated'))} tokens generated, {count(totals.get('tokens_trained'))} trained")
+    parts.append(f"oldest token {totals.get('max_staleness_trained')} versions")
+    dropped = {k: v for k, v in (totals.get("dropped") or {}).items() if v}
+    parts.append("dropped " + (", ".join(f"{v} {k.replace('_', ' ')}" for k, v in dropped.items()) if dropped else "nothing"))
+    return "; ".join(parts)
+
+
+def sample_answers(samples: Sequence[Any], most: int = 6) -> Table:
+    """A few answers with their rewards."""
+    table = Table(box=SIMPLE_HEAD, title="sample answers", title_justify="left", title_style="bold")
+    table.add_column("reward", justify="right")
+    table.add_column("prompt", overflow="fold", ratio=1)
+    table.add_column("answer", overflow="fold", ratio=2)
+    for sample in samples[:most]:
+        row = sample if isinstance(sample, Mapping) else {"prompt": sample.prompt, "answer": sample.answer, "reward": sample.reward}
+        style = "green" if row["reward"] > 0 else "red"
+        table.add_row(Text(f"{row['reward']:g}", style=style), *(Text(shorten(row[k])) for k in ("prompt", "answer")))
+    return table
+
+
+def shorten(text: str, most: int = 400) -> str:
+    """The beginning and the end of a long text."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} […{len(text) - most} characters…] {text[-half:]}"
