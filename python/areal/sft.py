@@ -60,7 +60,9 @@ class Demonstrations:
 
     def __init__(self, rows: PromptDataset, tokenizer: Any, max_tokens: int) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("supervised training needs a tokenizer with an end-of-sequence token", "set eos_token in tokenizer_config.json")
+            raise ConfigError(
+                "supervised training needs a tokenizer with an end-of-sequence token", "set eos_token in tokenizer_config.json"
+            )
         self.rows, self._tokenizer, self._max_tokens = rows, tokenizer, max_tokens
         self._dropped: Counter[str] = Counter()
 
@@ -167,7 +169,8 @@ class SupervisedRun:
         config: the recipe.
         max_tokens_per_mb: capacity of a micro-batch.
         check: judges answers every ``eval_every`` steps when ``stop_at_accuracy`` is set.
-        report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, accuracy, tokens, tokens_per_s, seconds}.
+        report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, tokens, tokens_per_s, seconds}, and
+            accuracy when one has just been measured.
         overlap: go on training while answers are checked; false where runs must repeat bit for bit.
     """
 
@@ -183,7 +186,9 @@ class SupervisedRun:
         overlap: bool = True,
     ) -> None:
         if config.stop_at_accuracy is not None and check is None:
-            raise ConfigError("warmup.stop_at_accuracy needs rollout servers, which this run does not have", "set warmup.stop_at_accuracy=null")
+            raise ConfigError(
+                "warmup.stop_at_accuracy needs rollout servers, which this run does not have", "set warmup.stop_at_accuracy=null"
+            )
         self.config, self.schedule, self.result = config, RateSchedule(config), SFTResult()
         self._engine, self._demonstrations, self._capacity = engine, demonstrations, max_tokens_per_mb
         self._check, self._report, self._overlap = check, report, overlap
@@ -202,9 +207,9 @@ class SupervisedRun:
                 self.result.steps += 1
                 self.result.tokens += int(tokens)
                 self.result.loss = float(stats["loss"])
-                await self._look_at_check()
+                measured = await self._look_at_check()
                 self.result.seconds = time.monotonic() - begin
-                self._report(self._row(stats))
+                self._report(self._row(stats) | ({} if measured is None else {"accuracy": measured}))
         finally:
             if self._checking is not None:
                 self._checking.cancel()
@@ -214,19 +219,22 @@ class SupervisedRun:
     def _next_batch(self) -> Minibatch:
         return make_sft_batch(self._demonstrations.batch(self.config.batch_size), self._capacity, self._engine.world_size)
 
-    async def _look_at_check(self) -> None:
-        """Starts a check when one is due, and acts on one that is finished."""
+    async def _look_at_check(self) -> float | None:
+        """Starts a check when one is due, acts on one that is finished and returns its accuracy."""
         target = self.config.stop_at_accuracy
         if target is None or self._check is None or self.schedule.cooling:
-            return
+            return None
         if self._checking is None and self.result.steps % self.config.eval_every == 0:
             await self._check.publish()
             self._checking = asyncio.create_task(self._check.accuracy())
-        if self._checking is not None and (self._checking.done() or not self._overlap):
-            self.result.accuracy, self._checking = await self._checking, None
-            if self.result.accuracy >= target:
-                self.result.reached = True
-                self.schedule.cool_down(self.result.steps)
+        if self._checking is None or not (self._checking.done() or not self._overlap):
+            return None
+        accuracy, self._checking = await self._checking, None
+        self.result.accuracy = accuracy
+        if accuracy >= target:
+            self.result.reached = True
+            self.schedule.cool_down(self.result.steps)
+        return accuracy
 
     def _row(self, stats: Mapping[str, Any]) -> dict[str, Any]:
         result = self.result
@@ -237,7 +245,6 @@ class SupervisedRun:
             "loss": result.loss,
             "grad_norm": stats.get("grad_norm"),
             "lr_scale": self.schedule.scale(result.steps - 1),
-            "accuracy": result.accuracy,
             "tokens": result.tokens,
             "tokens_per_s": result.tokens / result.seconds if result.seconds else 0.0,
             "seconds": result.seconds,
