@@ -8,7 +8,8 @@ import pytest
 
 from areal.config import ActorConfig, ConfigError, DatasetConfig, GRPOConfig, SFTConfig
 from areal.data import PromptDataset, load_dataset
-from areal.sft import Demonstrations, RateSchedule, SupervisedRun, check_rows, load_demonstrations, make_sft_batch
+from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
+from areal.sft import RateSchedule, SupervisedRun, check_rows
 from areal.tasks.arithmetic import build_tokenizer
 
 

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
-from areal.data import MalformedRow, PromptDataset, encode_prompt, load_dataset
-from areal.packer import make_train_batch
+from areal.data import PromptDataset, encode_prompt
+from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
 from areal.tasks.arithmetic import THINKING_PREFIX
-from areal.types import Group, Minibatch, Trajectory
+from areal.types import Minibatch
 
-_MAX_DROPPED_IN_A_ROW = 1000
+if TYPE_CHECKING:
+    from areal.cluster import Cluster
+    from areal.workflow.base import RolloutWorkflow
+
+
+class WarmupFailed(RuntimeError):
+    """Why supervised training cannot go on, in one sentence."""
 
 
 class SupervisedEngine(Protocol):
@@ -49,72 +54,6 @@ class AccuracyCheck(Protocol):
     def accuracy(self) -> Coroutine[Any, Any, float]:
         """Accuracy of those weights, in [0, 1]; training goes on meanwhile."""
         ...
-
-
-class Demonstrations:
-    """Tokenized demonstrations without end.
-
-    A row's answer is its ``completion``, else its ``answer``. Rows without one, and samples longer than ``max_tokens``, are dropped and
-    counted in ``dropped``.
-    """
-
-    def __init__(self, rows: PromptDataset, tokenizer: Any, max_tokens: int) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "supervised training needs a tokenizer with an end-of-sequence token", "set eos_token in tokenizer_config.json"
-            )
-        self.rows, self._tokenizer, self._max_tokens = rows, tokenizer, max_tokens
-        self._dropped: Counter[str] = Counter()
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """By cause: malformed_row, too_long."""
-        return self.rows.dropped + self._dropped
-
-    def batch(self, n: int) -> list[Trajectory]:
-        return [self.next() for _ in range(n)]
-
-    def next(self) -> Trajectory:
-        """The next usable sample; ``loss_mask`` is true on the answer.
-
-        Raises:
-            ConfigError: a thousand rows in a row were unusable.
-        """
-        why = ""
-        for _ in range(_MAX_DROPPED_IN_A_ROW):
-            row = next(self.rows)
-            try:
-                sample = self.encode(row)
-            except MalformedRow as error:
-                self._dropped["malformed_row"] += 1
-                why = str(error)
-                continue
-            if len(sample) <= self._max_tokens:
-                return sample
-            self._dropped["too_long"] += 1
-            why = f"{row['prompt_id']} has {len(sample)} tokens, {self._max_tokens} fit into actor.mb_spec.max_tokens_per_mb"
-        raise ConfigError(f"{_MAX_DROPPED_IN_A_ROW} demonstrations in a row were unusable, the last because {why}")
-
-    def encode(self, row: Mapping[str, Any]) -> Trajectory:
-        answer = row.get("completion", row.get("answer"))
-        if not isinstance(answer, str):
-            raise MalformedRow(f"{row['prompt_id']}: the demonstrated answer must be a string, not {type(answer).__name__}; set answer_key")
-        prompt = encode_prompt(row, self._tokenizer)
-        try:
-            answer_ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # tokenizers raises bare Exception: the row is at fault
-            raise MalformedRow(f"{row['prompt_id']}: its answer cannot be tokenized ({error})") from error
-        ids = np.array([*prompt, *answer_ids, self._tokenizer.eos_token_id], np.int64)
-        mask = np.arange(len(ids)) >= max(1, len(prompt))
-        return Trajectory(ids, mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
-
-
-def make_sft_batch(samples: list[Trajectory], max_tokens_per_mb: int, world_size: int) -> Minibatch:
-    """Packed micro-batches for the ranks; the denominator is the number of answer tokens over all of them."""
-    groups = [Group(i, {}, [sample]) for i, sample in enumerate(samples)]
-    nothing = [[np.zeros(len(sample), np.float32)] for sample in samples]
-    batch = make_train_batch(groups, nothing, n_minibatches=1, max_tokens_per_mb=max_tokens_per_mb, world_size=world_size)
-    return batch.minibatches[0]
 
 
 @dataclass
@@ -251,15 +190,6 @@ class SupervisedRun:
         }
 
 
-def load_demonstrations(config: GRPOConfig, tokenizer: Any) -> Demonstrations:
-    """Those of ``warmup.dataset``, else of ``train_dataset``."""
-    assert config.warmup is not None
-    dataset = config.warmup.dataset or config.train_dataset
-    key = "warmup.dataset" if config.warmup.dataset else "train_dataset"
-    rows = load_dataset(dataset, seed=config.seed, split="demonstrations", key=key)
-    return Demonstrations(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb)
-
-
 def check_rows(config: GRPOConfig, train_dataset: PromptDataset, tokenizer: Any) -> list[dict[str, Any]]:
     """The prompts of an accuracy check, as ``input_ids`` that end with the forced prefix of the answer.
 
@@ -273,3 +203,133 @@ def check_rows(config: GRPOConfig, train_dataset: PromptDataset, tokenizer: Any)
         prompt = encode_prompt(row, tokenizer)
         rows.append({key: value for key, value in row.items() if key not in ("prompt", "messages")} | {"input_ids": prompt + forced})
     return rows
+
+
+class RolloutCheck:
+    """An ``AccuracyCheck`` on the rollout servers of a run.
+
+    All weights of the warm-up have version 0: publishing takes a new number only where policies must be told apart.
+    """
+
+    def __init__(self, cluster: Cluster, workflow: RolloutWorkflow, rows: list[dict[str, Any]]) -> None:
+        self._cluster, self._workflow, self._rows = cluster, workflow, rows
+        self._n_checks = 0
+        self._digest = 0
+
+    async def publish(self) -> None:
+        begin = time.time()
+        _, self._digest = await self._cluster.trainer.publish(0)
+        self._cluster.stats.span("trainer 0", "weight_sync", begin, time.time())
+
+    async def push(self) -> None:
+        """Every live server takes what was published last; its hash proves it."""
+        acks = await self._cluster.client.update_weights_from_shm(self._cluster.trainer.shm_name, 0)
+        for url, ack in acks.items():
+            if ack.hash != f"{self._digest:016x}":
+                raise WarmupFailed(
+                    f"{url} holds other weights than the trainer in the warm-up: hash {ack.hash} instead of {self._digest:016x}"
+                )
+
+    async def accuracy(self) -> float:
+        from areal.evaluation import evaluate
+
+        await self.push()
+        self._n_checks += 1
+        begin = time.time()
+        result = await evaluate(self._cluster.client, self._workflow, self._rows, seed=self._cluster.config.seed + self._n_checks)
+        self._cluster.stats.span("controller", "evaluation", begin, time.time())
+        if result.accuracy is None:
+            causes = ", ".join(f"{n} {cause}" for cause, n in result.failures.items())
+            raise WarmupFailed(f"none of the {len(self._rows)} answers of an accuracy check of the warm-up could be scored ({causes})")
+        return result.accuracy
+
+
+async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflow | None) -> SFTResult:
+    """Supervised training before reinforcement learning; afterwards every live rollout server holds the new weights, as version 0.
+
+    ``workflow`` answers the accuracy checks; None where the cluster has no rollout servers.
+    """
+    assert config.warmup is not None
+    check = None
+    if workflow is not None:
+        checked = config.warmup.stop_at_accuracy is not None
+        check = RolloutCheck(cluster, workflow, check_rows(config, cluster.train_dataset, cluster.tokenizer) if checked else [])
+
+    def report(row: dict[str, Any]) -> None:
+        cluster.stats.warmup(row)
+        cluster.display.warmup(row)
+
+    run = SupervisedRun(
+        config.warmup,
+        cluster.trainer,
+        load_demonstrations(config, cluster.tokenizer),
+        config.actor.mb_spec.max_tokens_per_mb,
+        check=check,
+        report=report,
+        overlap=not config.deterministic,
+    )
+    result = await run.run()
+    await cluster.trainer.set_optimizer(config.actor.optimizer)
+    for cause, n in result.dropped.items():
+        cluster.drops.add(f"demonstration_{cause}", n=n)
+    if config.warmup.stop_at_accuracy is not None and not result.reached:
+        cluster.display.note(
+            f"the warm-up ended after {result.steps} steps below its target accuracy of {config.warmup.stop_at_accuracy:g}"
+        )
+    if check is not None:
+        await check.publish()
+        await check.push()
+    return result
+
+
+class SFTTrainer:
+    """Supervised training alone: ``with SFTTrainer(config) as trainer: trainer.train()``.
+
+    ``config.warmup`` is the recipe, ``config.actor`` the model; what concerns reinforcement learning is ignored. Rollout servers are
+    started only for ``warmup.stop_at_accuracy``. The result is the Hugging Face checkpoint ``run_folder/checkpoints/final``.
+
+    Raises:
+        ConfigError: the configuration has no warmup.
+    """
+
+    def __init__(self, config: GRPOConfig) -> None:
+        from areal.cluster import Cluster
+
+        if config.warmup is None:
+            raise ConfigError("SFTTrainer needs the recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
+        self.config = config
+        self._checked = config.warmup.stop_at_accuracy is not None
+        self._cluster = Cluster(config, with_rollout=self._checked)
+        self._asyncio = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        self._asyncio.__enter__()
+        try:
+            self._asyncio.run(self._cluster.open())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._asyncio.run(self._cluster.close())
+        finally:
+            self._asyncio.close()
+
+    @property
+    def run_folder(self) -> Path:
+        return self._cluster.run_folder
+
+    def train(self) -> SFTResult:
+        """Runs the recipe and writes the checkpoint."""
+        return self._asyncio.run(self._train())
+
+    async def _train(self) -> SFTResult:
+        from areal.workflow.build import build_workflow
+
+        cluster = self._cluster
+        workflow = build_workflow(self.config, cluster.tokenizer) if self._checked else None
+        result = await warm_up(self.config, cluster, workflow)
+        await cluster.save("final")
+        return result
