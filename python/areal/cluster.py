@@ -44,8 +44,9 @@ class Weights:
 class Cluster:
     """The processes of a run. ``open`` starts them, ``close`` ends them; ``watch`` runs beside the loop and keeps them going."""
 
-    def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None) -> None:
+    def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None, *, with_rollout: bool = True) -> None:
         self.config = config
+        self._with_rollout = with_rollout  # false: the trainer alone, for supervised training
         self.drops = DropCounter()
         self.meter = EngineMeter()
         self.weights: Weights | None = None
@@ -69,6 +70,9 @@ class Cluster:
         self.display = self._resources.enter_context(Display(config, self.run_folder))
         self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config))
         unlink_stale()
+        if not self._with_rollout:
+            await self._start_trainer()
+            return
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
         )

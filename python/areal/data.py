@@ -85,12 +85,12 @@ class JsonlRows:
         try:
             lines = self.path.read_bytes().splitlines()
         except OSError as error:
-            raise ConfigError(f"{key}.path={config.path} cannot be read ({error.strerror}); give the path of a JSONL file") from error
+            raise ConfigError(f"{key}.path={config.path} cannot be read ({error.strerror})", "give the path of a JSONL file") from error
         numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         self._lines = numbered[: config.limit or None]
         self._format = RowFormat(config)
         if not self._lines:
-            raise ConfigError(f"{key}.path={config.path} has no rows; give a JSONL file with one object a line")
+            raise ConfigError(f"{key}.path={config.path} has no rows", "give a JSONL file with one object a line")
 
     @property
     def size(self) -> int:
@@ -113,7 +113,7 @@ class SequenceRows:
         self._rows, self._name, self._format = rows, name, row_format
         self.size = min(len(rows), limit or len(rows))
         if not self.size:
-            raise ConfigError(f"the data set {name} has no rows; give one that has some")
+            raise ConfigError(f"the data set {name} has no rows", "give one that has some")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns, where, prompt_id = self._rows[index], f"{self._name}[{index}]", f"{self._name}/{index}"
@@ -202,8 +202,8 @@ class PromptDataset:
         for what, now in (("size", self.size), ("seed", self._seed)):
             if state[what] != now:
                 raise ConfigError(
-                    f"the data set {self.name} had {what} {state[what]} when its state was saved and has {now} now; "
-                    f"restore the old {what} or start without recovery"
+                    f"the data set {self.name} had {what} {state[what]} when its state was saved and has {now} now",
+                    f"restore the old {what}, or start without recovery",
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = None
@@ -231,7 +231,7 @@ def _arithmetic(config: DatasetConfig, seed: int, split: Stream, key: str) -> Ro
     try:
         return ArithmeticRows(seed, split, config.min_terms, config.max_terms, config.terms, config.limit or None)
     except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {error}", "change its min_terms or max_terms") from error
 
 
 def _huggingface(config: DatasetConfig, key: str) -> RowSource:
@@ -239,7 +239,7 @@ def _huggingface(config: DatasetConfig, key: str) -> RowSource:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{key}.type=huggingface needs the package 'datasets'; pip install '.[datasets]'") from error
+        raise ConfigError(f"{key}.type=huggingface needs the package 'datasets'", "pip install '.[datasets]'") from error
     folder = Path(config.path).expanduser()
     try:
         if folder.is_dir():
@@ -250,8 +250,9 @@ def _huggingface(config: DatasetConfig, key: str) -> RowSource:
             name, _, subset = config.path.partition(":")
             rows = datasets.load_dataset(name, subset or None, split=config.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        message = f"{key}.path={config.path}, split={config.split}: the data set cannot be loaded ({error}); check both"
-        raise ConfigError(message) from error
+        raise ConfigError(
+            f"{key}: the data set '{config.path}', split '{config.split}', cannot be loaded: {error}", "check path and split"
+        ) from error
     return SequenceRows(rows, config.path, RowFormat(config), config.limit)
 
 

@@ -50,7 +50,7 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
 
     if config.train_dataset.type != "arithmetic":
         raise ConfigError("actor.init_from_scratch needs a data set that brings its tokenizer (train_dataset.type=arithmetic); give actor.path instead")
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(config.train_dataset.max_terms)
     special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     model = create_model({**special, **(config.actor.init_from_scratch or {})}, seed=config.seed)
     folder = run_folder / "init"

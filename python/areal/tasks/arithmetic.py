@@ -55,13 +55,13 @@ def make_problem(seed: int, stream: Stream, index: int, *, min_terms: int = 3, m
         ValueError: no label for ``max_terms`` terms, or the range of terms has (almost) no prompt of the wanted kind.
     """
     if not 1 <= min_terms <= max_terms <= len(LABELS):
-        raise ValueError(f"chains have 1 to {len(LABELS)} terms, not {min_terms} to {max_terms}; change min_terms or max_terms")
+        raise ValueError(f"chains have 1 to {len(LABELS)} terms, but min_terms={min_terms} and max_terms={max_terms}")
     draw = random.Random(f"{seed}/{stream}/{index}")
     for _ in range(_MAX_DRAWS):
         problem = _draw_problem(draw, _draw_terms(draw, min_terms, max_terms, spread))
         if is_held_out(problem.prompt) == (stream == "valid"):
             return problem
-    raise ValueError(f"no '{stream}' prompt among {_MAX_DRAWS} chains of {min_terms} to {max_terms} terms; raise max_terms")
+    raise ValueError(f"no '{stream}' prompt among {_MAX_DRAWS} chains of {min_terms} to {max_terms} terms")
 
 
 def _draw_terms(draw: random.Random, low: int, high: int, spread: Spread) -> int:

@@ -1,0 +1,177 @@
+"""Supervised training: demonstrations to packed batches, the rate schedule, checks that run beside training."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from areal.config import ActorConfig, ConfigError, DatasetConfig, GRPOConfig, SFTConfig
+from areal.data import PromptDataset, load_dataset
+from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
+from areal.sft import RateSchedule, SupervisedRun, check_rows
+from areal.tasks.arithmetic import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def arithmetic_config(**warmup):
+    actor = ActorConfig(init_from_scratch={"model_type": "qwen2"}, mb_spec={"max_tokens_per_mb": 256})
+    return GRPOConfig(actor=actor, train_dataset=DatasetConfig(type="arithmetic"), warmup=SFTConfig(**warmup))
+
+
+def test_demonstrations_learn_the_answer_and_its_end_only(tokenizer):
+    demonstrations = load_demonstrations(arithmetic_config(), tokenizer)
+    kinds = set()
+    for sample in demonstrations.batch(20):
+        prompt = tokenizer.decode(sample.input_ids[~sample.loss_mask])
+        answer = tokenizer.decode(sample.input_ids[sample.loss_mask])
+        assert prompt.endswith("=") and prompt.startswith("a") and answer.endswith("<eos>")
+        assert answer[0] in "a#" and answer.count("#") == 1
+        kinds.add(answer[0])
+    assert kinds == {"a", "#"}
+
+
+def test_unusable_demonstrations_are_dropped_and_counted(tmp_path, tokenizer):
+    rows = [
+        {"q": "a1=", "a": "#1"},
+        {"q": "a2="},
+        {"q": "a3=", "a": 3},
+        {"q": "a b", "a": "#1"},
+        {"q": "a4=", "a": "# 4"},
+        {"q": "a5=", "a": "#" * 50},
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    dataset = DatasetConfig(path=str(path), prompt_key="q", answer_key="a", shuffle=False)
+    demonstrations = Demonstrations(load_dataset(dataset, split="demonstrations"), tokenizer, max_tokens=20)
+    texts = [tokenizer.decode(sample.input_ids) for sample in demonstrations.batch(2)]
+    assert texts == ["a1=#1<eos>"] * 2
+    assert demonstrations.dropped == {"malformed_row": 5, "too_long": 1}
+
+
+def test_nothing_but_unusable_demonstrations_is_an_error_not_a_hang(tokenizer):
+    rows = PromptDataset([{"prompt": "a1=", "answer": "#1"}])
+    with pytest.raises(ConfigError, match=r"unusable, the last because .* 6 tokens, 4 fit"):
+        Demonstrations(rows, tokenizer, max_tokens=4).next()
+
+
+def test_batch_is_packed_whole_and_counted_over_all_ranks(tokenizer):
+    samples = load_demonstrations(arithmetic_config(), tokenizer).batch(32)
+    for world_size in (1, 2):
+        batch = make_sft_batch(samples, 256, world_size)
+        assert len(batch.ranks) == world_size and len({len(rank) for rank in batch.ranks}) == 1
+        microbatches = [mb for rank in batch.ranks for mb in rank]
+        assert batch.denominator == sum(s.loss_mask.sum() for s in samples) == sum(mb.loss_mask.sum() for mb in microbatches)
+        assert max(mb.n_tokens for mb in microbatches) <= 256
+        packed = sorted(tuple(mb.input_ids[a:b]) for mb in microbatches for a, b in zip(mb.cu_seqlens, mb.cu_seqlens[1:], strict=False))
+        assert [seq for seq in packed if seq != (0,)] == sorted(tuple(s.input_ids) for s in samples)
+
+
+def test_rates_fall_linearly_and_fall_on_in_the_cool_down():
+    schedule = RateSchedule(SFTConfig(total_steps=100, lr_end=0.2, cooldown_steps=10, cooldown_lr_end=0.05))
+    assert [schedule.scale(s) for s in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
+    schedule.cool_down(50)
+    assert schedule.cooling and schedule.n_steps == 60
+    assert [schedule.scale(s) for s in (50, 55, 60)] == pytest.approx([0.6, 0.325, 0.05])
+
+
+def test_the_cool_down_never_raises_the_rates():
+    schedule = RateSchedule(SFTConfig(total_steps=100, lr_end=0.0, cooldown_steps=10, cooldown_lr_end=0.5))
+    schedule.cool_down(90)
+    assert [schedule.scale(s) for s in (90, 95, 99)] == pytest.approx([0.1] * 3)
+
+
+class RecordingEngine:
+    """Takes note of what it is asked to do; a step takes ``seconds``."""
+
+    world_size = 1
+
+    def __init__(self, seconds=0.0):
+        self.scales, self.optimizer, self._seconds = [], None, seconds
+
+    async def set_optimizer(self, config):
+        self.optimizer = config
+
+    async def sft_step(self, minibatch, lr_scale):
+        await asyncio.sleep(self._seconds)
+        self.scales.append(lr_scale)
+        return {"loss": 1.0 / len(self.scales), "grad_norm": 0.5}
+
+
+class RecordingCheck:
+    def __init__(self, engine, accuracies, seconds=0.0):
+        self.engine, self._accuracies, self._seconds = engine, iter(accuracies), seconds
+        self.published_at, self.answered_at = [], []
+
+    async def publish(self):
+        self.published_at.append(len(self.engine.scales))
+
+    async def accuracy(self):
+        await asyncio.sleep(self._seconds)
+        self.answered_at.append(len(self.engine.scales))
+        return next(self._accuracies)
+
+
+def run(config, tokenizer, engine, **kwargs):
+    rows = []
+    sft = SupervisedRun(config.warmup, engine, load_demonstrations(config, tokenizer), 256, report=rows.append, **kwargs)
+    return asyncio.run(asyncio.wait_for(sft.run(), 30)), rows
+
+
+def test_without_a_target_all_steps_are_run(tokenizer):
+    engine = RecordingEngine()
+    result, rows = run(arithmetic_config(total_steps=20, batch_size=4), tokenizer, engine)
+    assert result.steps == len(engine.scales) == len(rows) == 20 and not result.reached and result.accuracy is None
+    assert engine.optimizer is not None and engine.scales[0] == 1.0
+    assert rows[-1]["tokens"] == result.tokens > 0 and rows[-1]["loss"] == result.loss == 0.05
+    assert "accuracy" not in rows[-1]
+
+
+def test_stops_a_cool_down_after_the_target(tokenizer):
+    engine = RecordingEngine()
+    check = RecordingCheck(engine, [0.2, 0.6, 0.9])
+    config = arithmetic_config(total_steps=100, batch_size=2, eval_every=10, stop_at_accuracy=0.85, cooldown_steps=15)
+    result, rows = run(config, tokenizer, engine, check=check, overlap=False)
+    assert check.published_at == check.answered_at == [10, 20, 30]
+    assert (result.steps, result.reached, result.accuracy) == (45, True, 0.9)
+    assert [row["accuracy"] for row in rows if "accuracy" in row] == [0.2, 0.6, 0.9]
+    assert rows[29]["phase"] == "cool-down" and rows[28]["phase"] == "training"
+    assert all(a > b for a, b in zip(engine.scales, engine.scales[1:], strict=False))
+
+
+def test_checks_run_beside_training_one_at_a_time(tokenizer):
+    engine = RecordingEngine(seconds=0.002)
+    check = RecordingCheck(engine, [0.1] * 100, seconds=0.05)
+    config = arithmetic_config(total_steps=60, batch_size=1, eval_every=5, stop_at_accuracy=0.85)
+    result, _ = run(config, tokenizer, engine, check=check)
+    assert result.steps == 60 and not result.reached
+    assert len(check.published_at) < 12
+    assert all(answered > published for published, answered in zip(check.published_at, check.answered_at, strict=False))
+
+
+def test_a_target_without_rollout_servers_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="stop_at_accuracy"):
+        run(arithmetic_config(stop_at_accuracy=0.5), tokenizer, RecordingEngine())
+
+
+def test_an_error_of_the_engine_comes_through(tokenizer):
+    class DeadEngine(RecordingEngine):
+        async def sft_step(self, minibatch, lr_scale):
+            raise ConnectionError("trainer 0 died")
+
+    with pytest.raises(ConnectionError, match="trainer 0 died"):
+        run(arithmetic_config(batch_size=2), tokenizer, DeadEngine())
+
+
+def test_check_prompts_end_with_the_forced_prefix(tokenizer):
+    config = arithmetic_config(eval_samples=7)
+    train = load_dataset(config.train_dataset)
+    rows = check_rows(config, train, tokenizer)
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    assert [text[:-1] for text in texts] == [row["prompt"] for row in train.first(7)]
+    assert all(text.endswith("=a") for text in texts) and all("prompt" not in row and "answer" in row for row in rows)
+    assert np.all([isinstance(token, int) for row in rows for token in row["input_ids"]])
