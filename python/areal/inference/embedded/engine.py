@@ -82,10 +82,10 @@ class EmbeddedEngine:
         self.prefill_tokens = 0
         self._max_prefill_tokens = max_prefill_tokens
         self._eos_ids = _eos_ids(model)
-        with torch.inference_mode():
+        with torch.no_grad():
             n_slots = max(max_running_requests, _MIN_ROWS) if deterministic else max_running_requests
             self._cache = KVCache(model, n_slots, self.max_context)
-            self._forward = Forward(model, fused=True)
+            self._forward = Forward(model)
         self._batch = RunningBatch(max_running_requests)
         self._scheduler = Scheduler(max_running_requests)
         self._finished: list[Answer] = []

@@ -15,8 +15,12 @@ from transformers import PreTrainedModel
 from areal.models.attention import AttentionSpec, PackedContext
 from areal.models.loading import forward_hidden
 
-_LENGTH_QUANTUM = 64
-"""Decode attention covers a multiple of this many positions: fewer shapes, and bit-equal results in deterministic mode."""
+_CAPACITY_QUANTUM = 64
+_SPAN_QUANTUM = 16
+"""Decode attention covers a multiple of this many positions."""
+_DETERMINISTIC_SPAN_QUANTUM = 64
+"""In deterministic mode: whole blocks of every vectorised reduction."""
+_MIN_BUCKET_SPAN = 64
 _MIN_ROWS = 4
 """Fewer rows than this take other code paths in the BLAS, whose last bits differ (deterministic mode)."""
 
@@ -54,8 +58,7 @@ class KVCache:
         """Makes room for positions below ``length`` in every slot, keeping what is there."""
         if length <= self.capacity:
             return
-        limit = -(-self.max_context // _LENGTH_QUANTUM) * _LENGTH_QUANTUM
-        capacity = min(limit, max(_LENGTH_QUANTUM, 1 << (length - 1).bit_length()))
+        capacity = min(_round_up(self.max_context, _CAPACITY_QUANTUM), max(_CAPACITY_QUANTUM, 1 << (length - 1).bit_length()))
         wanted: dict[tuple[int, int], list[tuple[str, int]]] = {}
         for layer, (k_shape, v_shape) in self._shapes.items():
             wanted.setdefault(k_shape, []).append(("k", layer))
@@ -175,13 +178,15 @@ class _Bucket:
 
 def _plan_buckets(lengths: list[int], capacity: int, deterministic: bool) -> list[tuple[list[int] | None, int]]:
     """[(rows, span)]; rows None = all of them in one bucket."""
-    spans = [min(capacity, -(-n // _LENGTH_QUANTUM) * _LENGTH_QUANTUM) for n in lengths]
-    longest = max(spans)
-    if not deterministic:
+    longest = min(capacity, _round_up(max(lengths), _SPAN_QUANTUM))
+    if deterministic:
+        spans = [min(capacity, _round_up(n, _DETERMINISTIC_SPAN_QUANTUM)) for n in lengths]
+        longest = max(spans)
+    else:
         # A split copies the K/V that it reads, so it must save more than half of the reading.
-        if 2 * sum(spans) >= longest * len(spans):
+        if 2 * sum(lengths) >= longest * len(lengths):
             return [(None, longest)]
-        spans = [min(longest, max(_LENGTH_QUANTUM, 1 << (span - 1).bit_length())) for span in spans]
+        spans = [min(longest, max(_MIN_BUCKET_SPAN, 1 << (n - 1).bit_length())) for n in lengths]
     by_span: dict[int, list[int]] = {}
     for row, span in enumerate(spans):
         by_span.setdefault(span, []).append(row)
@@ -190,4 +195,8 @@ def _plan_buckets(lengths: list[int], capacity: int, deterministic: bool) -> lis
     if deterministic:
         # Repeated rows write the same result twice.
         by_span = {span: rows + rows[:1] * (_MIN_ROWS - len(rows)) for span, rows in by_span.items()}
-    return list(by_span.items())
+    return [(rows, span) for span, rows in by_span.items()]
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
