@@ -1,0 +1,100 @@
+"""Packing groups into mini-batches and micro-batches: every sample once, whole groups, nothing moved against its tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from areal.packer import make_train_batch
+from areal.types import Group, TrainBatch, Trajectory
+
+
+def make_groups(n_groups: int, n_samples: int, seed: int = 0, longest: int = 50) -> tuple[list[Group], list[list[np.ndarray]]]:
+    """Samples whose tokens say who they are: 1000 * running number + position; the other fields are functions of the token."""
+    rng = np.random.default_rng(seed)
+    groups, advantages = [], []
+    for g in range(n_groups):
+        trajectories = []
+        for s in range(n_samples):
+            length = int(rng.integers(2, longest))
+            tokens = 1000 * (g * n_samples + s) + np.arange(length)
+            mask = np.arange(length) >= int(rng.integers(1, length))
+            trajectories.append(
+                Trajectory(
+                    tokens, mask, np.where(mask, -tokens / 7, 0).astype(np.float32), np.where(mask, tokens, -1).astype(np.int32), 0.0
+                )
+            )
+        groups.append(Group(g, {}, trajectories))
+        advantages.append([(t.input_ids * 0.5).astype(np.float32) for t in trajectories])
+    return groups, advantages
+
+
+def unpack(batch: TrainBatch, minibatch: int) -> dict[int, np.ndarray]:
+    """Running number of the sample -> its tokens, checking every field on the way."""
+    found = {}
+    for mb in (mb for rank in batch.minibatches[minibatch].ranks for mb in rank):
+        assert mb.cu_seqlens[0] == 0 and mb.cu_seqlens[-1] == mb.n_tokens
+        assert (mb.cu_seqlens.dtype, mb.input_ids.dtype, mb.position_ids.dtype, mb.loss_mask.dtype) == (
+            np.int32,
+            np.int64,
+            np.int64,
+            np.bool_,
+        )
+        assert (mb.logprobs.dtype, mb.versions.dtype, mb.advantages.dtype) == (np.float32, np.int32, np.float32)
+        for begin, end in zip(mb.cu_seqlens[:-1], mb.cu_seqlens[1:], strict=True):
+            tokens, mask = mb.input_ids[begin:end], mb.loss_mask[begin:end]
+            np.testing.assert_array_equal(mb.position_ids[begin:end], np.arange(end - begin))
+            if end - begin == 1:
+                assert not mask.any()
+                continue
+            np.testing.assert_array_equal(mb.logprobs[begin:end], np.where(mask, -tokens / 7, 0).astype(np.float32))
+            np.testing.assert_array_equal(mb.versions[begin:end], np.where(mask, tokens, -1))
+            np.testing.assert_array_equal(mb.advantages[begin:end], (tokens * 0.5).astype(np.float32))
+            assert tokens[0] // 1000 not in found
+            found[int(tokens[0] // 1000)] = tokens
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_once_with_its_fields(world_size: int) -> None:
+    groups, advantages = make_groups(10, 4)
+    batch = make_train_batch(groups, advantages, n_minibatches=3, max_tokens_per_mb=120, world_size=world_size)
+    assert (batch.n_groups, batch.n_samples, len(batch.minibatches)) == (10, 40, 3)
+    samples = [trajectory for group in groups for trajectory in group.trajectories]
+    begin = 0
+    for m, n_groups in enumerate((3, 3, 4)):
+        found = unpack(batch, m)
+        assert sorted(found) == list(range(begin, begin + 4 * n_groups)), "whole groups, in order"
+        for number, tokens in found.items():
+            np.testing.assert_array_equal(tokens, samples[number].input_ids)
+        ranks = batch.minibatches[m].ranks
+        assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1
+        assert all(mb.n_tokens <= 120 for rank in ranks for mb in rank)
+        assert batch.minibatches[m].denominator == sum(samples[number].loss_mask.sum() for number in found)
+        begin += 4 * n_groups
+
+
+def test_a_rank_without_samples_gets_a_masked_token() -> None:
+    groups, advantages = make_groups(1, 1)
+    batch = make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=64, world_size=2)
+    (filled,) = min(batch.minibatches[0].ranks, key=lambda rank: rank[0].n_tokens)
+    assert (filled.n_tokens, filled.loss_mask.tolist(), filled.cu_seqlens.tolist()) == (1, [False], [0, 1])
+
+
+def test_the_denominator_is_never_zero() -> None:
+    groups, advantages = make_groups(1, 2)
+    for trajectory in groups[0].trajectories:
+        trajectory.loss_mask[:] = False
+    assert make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=64, world_size=1).minibatches[0].denominator == 1.0
+
+
+def test_mistakes_are_named() -> None:
+    groups, advantages = make_groups(2, 2)
+    with pytest.raises(ValueError, match="2 groups cannot be cut into 3 mini-batches"):
+        make_train_batch(groups, advantages, n_minibatches=3, max_tokens_per_mb=64, world_size=1)
+    with pytest.raises(ValueError, match="advantages for 1 groups, but 2"):
+        make_train_batch(groups, advantages[:1], n_minibatches=1, max_tokens_per_mb=64, world_size=1)
+    with pytest.raises(ValueError, match="group 1: advantages have the shapes"):
+        make_train_batch(groups, [advantages[0], advantages[1][::-1][:1]], n_minibatches=1, max_tokens_per_mb=64, world_size=1)
+    with pytest.raises(ValueError, match="max_tokens_per_mb"):
+        make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=3, world_size=1)
