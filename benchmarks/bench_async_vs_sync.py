@@ -65,8 +65,19 @@ def placements(n_cores: int, eta: int) -> dict[str, list[str]]:
 
 def areal_train(config: str, overrides: Sequence[str], folder: Path, timeout: float) -> Path:
     """Runs ``areal train`` to its end; returns the run's folder."""
-    command = [sys.executable, "-m", "areal", "train", config, f"stats_logger.fileroot={folder}", "stats_logger.tensorboard=false", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "NO_COLOR": "1"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "areal",
+        "train",
+        config,
+        f"stats_logger.fileroot={folder}",
+        "stats_logger.tensorboard=false",
+        *overrides,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "NO_COLOR": "1"}, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return Path(done.stdout.strip().splitlines()[-1]).parent
@@ -86,7 +97,13 @@ def warmed_up_model(config: str, cache: Path) -> Path:
 def measure(config: str, overrides: Sequence[str], model: Path, steps: int) -> dict[str, float]:
     """Trained and generated tokens a second, and how busy each side was, after the first steps."""
     with tempfile.TemporaryDirectory() as scratch:
-        fixed = ["warmup=null", "actor.init_from_scratch=null", f"actor.path={model}", "evaluator.n_prompts=0", f"total_train_steps={steps}"]
+        fixed = [
+            "warmup=null",
+            "actor.init_from_scratch=null",
+            f"actor.path={model}",
+            "evaluator.n_prompts=0",
+            f"total_train_steps={steps}",
+        ]
         run = areal_train(config, [*fixed, *overrides], Path(scratch), 1800)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED_STEPS:]
         summary = json.loads((run / "summary.json").read_text())
@@ -127,10 +144,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eta", type=int, default=4)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "areal-bench-models", help="where warmed-up models are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "areal-bench-models", help="where warmed-up models are kept"
+    )
     args = parser.parse_args(argv)
     table = [row for workload in args.workloads.split(",") for row in bench(workload, args.steps, args.repeats, args.eta, args.cache)]
-    print(f"{'workload':10} {'placement':9} {'tokens/s':>9} {'range':>15} {'s/step':>7} {'gen busy':>8} {'train busy':>10} {'async faster by':>16}")
+    print(
+        f"{'workload':10} {'placement':9} {'tokens/s':>9} {'range':>15} {'s/step':>7} {'gen busy':>8} {'train busy':>10} {'async faster by':>16}"
+    )
     for row in table:
         span = f"{row['tokens_per_s_min']:.0f}-{row['tokens_per_s_max']:.0f}"
         print(

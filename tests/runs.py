@@ -32,7 +32,16 @@ class TrainRun:
 
     def __init__(self, folder: Path, *overrides: str, config: str = "examples/arithmetic.yaml", env: dict[str, str] | None = None) -> None:
         self.folder = folder / "arithmetic" / "run"
-        command = [sys.executable, "-m", "areal", "train", config, f"stats_logger.fileroot={folder}", "experiment_name=arithmetic", "trial_name=run"]
+        command = [
+            sys.executable,
+            "-m",
+            "areal",
+            "train",
+            config,
+            f"stats_logger.fileroot={folder}",
+            "experiment_name=arithmetic",
+            "trial_name=run",
+        ]
         self.process = subprocess.Popen(
             [*command, *TINY, *overrides],
             cwd=ROOT,

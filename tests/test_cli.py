@@ -97,7 +97,9 @@ def assert_refused(out: subprocess.CompletedProcess[str], message: str, hint: st
 
 
 def test_mistakes_are_two_lines(config: Path, tmp_path: Path) -> None:
-    assert_refused(areal("train", config, "rollout.max_head_ofpolicyness=3"), "unknown key", "did you mean 'rollout.max_head_offpolicyness'?")
+    assert_refused(
+        areal("train", config, "rollout.max_head_ofpolicyness=3"), "unknown key", "did you mean 'rollout.max_head_offpolicyness'?"
+    )
     assert_refused(areal("train"), "no configuration file", "--config FILE")
     assert_refused(areal("train", tmp_path / "d.yaml"), "does not exist", "did you mean")
     assert_refused(areal("train", config, "seed"), "'seed' is not an override", "key=value")
@@ -116,7 +118,12 @@ def test_eval_without_a_run_needs_a_config(tmp_path: Path) -> None:
 
 
 def test_check_prints_the_whole_configuration(config: Path) -> None:
-    for words in ([config, "seed=5", "--check"], [config, "--check", "seed=5"], ["--check", config, "seed=5"], ["--check", "--config", config, "seed=5"]):
+    for words in (
+        [config, "seed=5", "--check"],
+        [config, "--check", "seed=5"],
+        ["--check", config, "seed=5"],
+        ["--check", "--config", config, "seed=5"],
+    ):
         out = areal("train", *words)
         assert out.returncode == 0, out.stderr
         tree = yaml.safe_load(out.stdout)

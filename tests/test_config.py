@@ -48,7 +48,9 @@ def refusal(argv: list[object]) -> ConfigError:
 
 
 def test_good_file_and_overrides(good: Path) -> None:
-    config, path = load_expr_config([str(good), "rollout.max_head_offpolicyness=4", "gconfig.stop=[a, 'b=c']", "actor.optimizer.lr=1e-3"], GRPOConfig)
+    config, path = load_expr_config(
+        [str(good), "rollout.max_head_offpolicyness=4", "gconfig.stop=[a, 'b=c']", "actor.optimizer.lr=1e-3"], GRPOConfig
+    )
     assert path == str(good)
     assert config.rollout.max_head_offpolicyness == 4
     assert config.gconfig.stop == ["a", "b=c"]
@@ -71,7 +73,9 @@ def test_text_keys_keep_what_was_typed(good: Path) -> None:
 
 
 def test_override_makes_and_removes_sections(good: Path) -> None:
-    config, _ = load_expr_config([str(good), "warmup.total_steps=10", "evaluator.gconfig.top_p=0.9", "evaluator.gconfig.max_new_tokens=64"], GRPOConfig)
+    config, _ = load_expr_config(
+        [str(good), "warmup.total_steps=10", "evaluator.gconfig.top_p=0.9", "evaluator.gconfig.max_new_tokens=64"], GRPOConfig
+    )
     assert config.warmup is not None and config.warmup.total_steps == 10
     assert config.evaluator.gconfig is not None and config.evaluator.gconfig.top_p == 0.9
     assert load_expr_config([str(good), "warmup.total_steps=10", "warmup=null"], GRPOConfig)[0].warmup is None
@@ -256,7 +260,9 @@ def test_missing_sections_and_several_mistakes(tmp_path: Path) -> None:
     assert "unknown key 'sed'" in error.message and "did you mean 'seed'?" in error.hint
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c))
+)
 def test_any_value_in_any_section_is_a_sentence(value: object) -> None:
     tree = yaml.safe_load(GOOD)
     for key in ("rollout", "actor", "gconfig", "warmup", "seed"):

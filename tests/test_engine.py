@@ -67,7 +67,9 @@ def test_samples_follow_the_distribution(engine: EmbeddedEngine) -> None:
     """4,000 first tokens against the model's own probabilities: Pearson's chi-square, 60 degrees of freedom."""
     n = 4000
     prompt = [9, 8, 7]
-    answers = engine.generate([GenerateRequest(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True, sampling_seed=i)) for i in range(n)])
+    answers = engine.generate(
+        [GenerateRequest(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True, sampling_seed=i)) for i in range(n)]
+    )
     counts = np.bincount([a.output_ids[0] for a in answers], minlength=61)
     model = build("qwen2")
     model.set_attn_implementation("eager")
@@ -136,7 +138,8 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(engine: EmbeddedEngine, 
 
 
 @pytest.mark.parametrize(
-    "params", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -2}, {"min_new_tokens": 200}]
+    "params",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -2}, {"min_new_tokens": 200}],
 )
 def test_sampling_parameters_are_checked(params: dict) -> None:
     with pytest.raises(RequestError, match=next(iter(params))):

@@ -102,7 +102,9 @@ def test_full_disk_at_a_checkpoint(tmp_path: Path, small_disk: Path) -> None:
     checkpoints.parent.mkdir(parents=True)
     run = TrainRun(tmp_path, "total_train_steps=8", "saver.every_steps=3")
     run.wait_until(lambda: (run.folder / "config.yaml").exists(), 60)
-    (small_disk / "ballast").write_bytes(b"0" * (4 << 20) if shutil.disk_usage(small_disk).free >= 4 << 20 else b"0" * shutil.disk_usage(small_disk).free)
+    (small_disk / "ballast").write_bytes(
+        b"0" * (4 << 20) if shutil.disk_usage(small_disk).free >= 4 << 20 else b"0" * shutil.disk_usage(small_disk).free
+    )
     checkpoints.symlink_to(small_disk)
     assert run.finish() == 1
     assert "No space left" in run.stderr

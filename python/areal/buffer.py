@@ -102,7 +102,9 @@ class TrajectoryBuffer:
             for trajectory in group.trajectories:
                 over_age = trajectory.loss_mask & (version - trajectory.versions > self.eta)
                 n_over_age = int(over_age.sum())
-                assert self.mask_over_age or n_over_age == 0, f"group {group.group_id} has {n_over_age} tokens over age at version {version}"
+                assert self.mask_over_age or n_over_age == 0, (
+                    f"group {group.group_id} has {n_over_age} tokens over age at version {version}"
+                )
                 if n_over_age:
                     trajectory.loss_mask = trajectory.loss_mask & ~over_age
                     self.n_masked_tokens += n_over_age

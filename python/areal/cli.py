@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--check", action="store_true", help="check the configuration, print it in full and stop")
     train.add_argument("--keys", action="store_true", help="list every key with its default and meaning and stop")
 
-    serve = commands.add_parser("serve", help="serve a model over SGLang's HTTP protocol", description="Serve a model with the embedded engine.")
+    serve = commands.add_parser(
+        "serve", help="serve a model over SGLang's HTTP protocol", description="Serve a model with the embedded engine."
+    )
     serve.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=30000, help="0 takes a free one")
@@ -56,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-running-requests", type=int, default=64, metavar="N", help="sequences decoded at once")
     serve.add_argument("--max-context", type=int, default=0, metavar="N", help="longest prompt + answer in tokens; 0 = the model's limit")
     serve.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
-    serve.add_argument("--update-mode", choices=["retract", "in_place"], default="retract", help="KV of running sequences at a weight update")
+    serve.add_argument(
+        "--update-mode", choices=["retract", "in_place"], default="retract", help="KV of running sequences at a weight update"
+    )
     serve.add_argument("--deterministic", action="store_true", help="answers do not depend on what else is running")
 
     evaluate = commands.add_parser(
@@ -66,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Accuracy and answer length on held-out prompts; JSON on stdout.",
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model, e.g. a checkpoint of a run")
-    evaluate.add_argument("words", metavar="key=value", nargs="*", default=[], help="change keys of the config, e.g. evaluator.n_prompts=2000")
+    evaluate.add_argument(
+        "words", metavar="key=value", nargs="*", default=[], help="change keys of the config, e.g. evaluator.n_prompts=2000"
+    )
     evaluate.add_argument("--config", metavar="FILE", help="data set and sampling; default: the config of the run that MODEL belongs to")
 
     commands.add_parser("doctor", help="what this machine has, and what to do about what is missing", description="Check this machine.")
@@ -194,14 +200,18 @@ def _report_failure(error: Exception) -> int:
         _print_error(error.message, error.hint)  # type: ignore[attr-defined]  # its class is not imported here: pydantic is slow
         return EXIT_USAGE
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("areal"):
-        _print_error(f"the package '{error.name}' is not installed", "install what training needs with `pip install '.[train]'` in areal's folder")
+        _print_error(
+            f"the package '{error.name}' is not installed", "install what training needs with `pip install '.[train]'` in areal's folder"
+        )
         return EXIT_FAILED
     if foreseen or isinstance(error, OSError):
         _print_error(str(error) or type(error).__name__, "AREAL_TRACEBACK=1 shows where it came from")
         return EXIT_FAILED
     if not os.environ.get("AREAL_TRACEBACK"):
         traceback.print_exception(error)
-    _print_error(f"unexpected {type(error).__name__}: {error}", "this is a bug in areal or in the functions given to it; the traceback is above")
+    _print_error(
+        f"unexpected {type(error).__name__}: {error}", "this is a bug in areal or in the functions given to it; the traceback is above"
+    )
     return EXIT_FAILED
 
 

@@ -116,9 +116,10 @@ class Cluster:
         while True:
             await self._published.wait()
             self._published.clear()
-            await self._update_servers()
+            await self.push()
 
-    async def _update_servers(self) -> None:
+    async def push(self) -> None:
+        """Every live server takes the weights published last; returns when all have them and their hashes were checked."""
         assert self.weights is not None
         acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
         for url, ack in acks.items():
@@ -145,20 +146,17 @@ class Cluster:
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
 
-    async def publish(self, version: int, *, wait: bool = False) -> None:
-        """The trainer's weights into shared memory, under this number, which waits for no reader.
+    async def publish(self, version: int, *, announce: bool = True) -> None:
+        """The trainer's weights into shared memory, under this number; waits for no reader.
 
-        ``watch`` takes them to the servers; with ``wait`` this call does, and returns when every server has them. A number may be
-        published again only with ``wait``.
+        Once announced, ``watch`` takes them to the servers; otherwise the caller does, by ``push``, and may use a number again.
         """
         begin = time.time()
         version, digest = await self.trainer.publish(version)
         self.weights = Weights(version, f"{digest:016x}")
         self._digests = {v: d for v, d in self._digests.items() if v > version - 8} | {version: self.weights.digest}
         self.stats.span("trainer 0", "weight_sync", begin, time.time())
-        if wait:
-            await self._update_servers()
-        else:
+        if announce:
             self._published.set()
 
     async def wait_for_version(self, version: int) -> None:
@@ -186,7 +184,7 @@ class Cluster:
             self.stats.span("controller", "evaluation", begin, time.time())
         row = asdict(result) | {"when": when, "step": self.client.acked_version}
         del row["samples"]
-        self.display.evaluation(row)
+        self.display.evaluation(when, result)
         self.stats.evaluation(row)
         return result
 
@@ -218,10 +216,6 @@ class Cluster:
             self.stats.span("reward", kind, begin, end)
         tokens, busy = self.meter.read(answers)
         return tokens, busy / max(1, len(answers))
-
-    def log_warmup(self, row: dict[str, Any]) -> None:
-        self.stats.warmup(row)
-        self.display.warmup(row)
 
     def log_step(self, row: dict[str, Any], clock: StepClock) -> None:
         for actor, kind, begin, end in clock.spans():

@@ -24,7 +24,10 @@ def parse_backend(key: str, value: str, engine: str) -> int:
         raise ConfigError(f"{key}='{value}': the backend '{match.group(1)}' is not known here", f"use {engine}:dN")
     layout = value.partition(":")[2]
     if (size := re.fullmatch(r"d([1-9]\d*)", layout)) is None:
-        raise ConfigError(f"{key}='{value}': '{layout}' is not a layout of {engine}", f"use {engine}:dN with N of 1 or more; only data parallelism is known")
+        raise ConfigError(
+            f"{key}='{value}': '{layout}' is not a layout of {engine}",
+            f"use {engine}:dN with N of 1 or more; only data parallelism is known",
+        )
     return int(size.group(1))
 
 
@@ -73,7 +76,9 @@ def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
 
 def _check_lengths(config: GRPOConfig) -> None:
     longest = longest_sequence(config.train_dataset, config.gconfig)
-    sum_text = f"train_dataset.max_prompt_len={config.train_dataset.max_prompt_len} + gconfig.max_new_tokens={config.gconfig.max_new_tokens}"
+    sum_text = (
+        f"train_dataset.max_prompt_len={config.train_dataset.max_prompt_len} + gconfig.max_new_tokens={config.gconfig.max_new_tokens}"
+    )
     capacity = config.actor.mb_spec.max_tokens_per_mb
     if longest > capacity:
         raise ConfigError(
@@ -126,7 +131,8 @@ def _check_loss(config: GRPOConfig) -> None:
     actor = config.actor
     if actor.behav_imp_weight_cap is not None and not actor.use_decoupled_loss:
         raise ConfigError(
-            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has", "set actor.use_decoupled_loss=true, or remove the cap"
+            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has",
+            "set actor.use_decoupled_loss=true, or remove the cap",
         )
     if actor.behav_filter_cap is not None and not actor.recompute_logprob:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
@@ -159,7 +165,9 @@ def check_machine(config: GRPOConfig) -> None:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
         if dataset is not None and dataset.type == "jsonl" and not Path(dataset.path).expanduser().is_file():
-            raise ConfigError(f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}")
+            raise ConfigError(
+                f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}"
+            )
 
 
 def _check_gpus(config: GRPOConfig) -> None:
@@ -186,7 +194,9 @@ def check_device(key: str, device: str) -> None:
         return
     n_gpus = count_gpus()
     if n_gpus == 0:
-        raise ConfigError(f"{key}='{device}', but there is no GPU that torch can use here", f"set {key}=cpu; `areal doctor` says what is missing")
+        raise ConfigError(
+            f"{key}='{device}', but there is no GPU that torch can use here", f"set {key}=cpu; `areal doctor` says what is missing"
+        )
     if int(device.partition(":")[2] or 0) >= n_gpus:
         raise ConfigError(f"{key}='{device}', but the GPUs of this machine are cuda:0 to cuda:{n_gpus - 1}", f"set {key}=cuda:0")
 
@@ -195,7 +205,11 @@ def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> No
     """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``."""
     file = Path(path).expanduser() / "config.json"
     if not file.parent.is_dir():
-        way_out = f"`hf download {path} --local-dir DIR` and {key}=DIR" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else "give the folder of a Hugging Face model"
+        way_out = (
+            f"`hf download {path} --local-dir DIR` and {key}=DIR"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            else "give the folder of a Hugging Face model"
+        )
         raise ConfigError(f"{key}: there is no folder '{path}'", f"models are read from folders: {way_out}")
     try:
         model = json.loads(file.read_text(encoding="utf-8"))

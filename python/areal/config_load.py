@@ -70,7 +70,9 @@ def _split_argv(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             raise ConfigError(f"'{word}' is not an override", f"write it as key=value, e.g. {word}=...")
         if path:
-            raise ConfigError(f"two configuration files were given, '{path}' and '{value}'", "one run has one file; change keys with key=value")
+            raise ConfigError(
+                f"two configuration files were given, '{path}' and '{value}'", "one run has one file; change keys with key=value"
+            )
         path = value
     if not path:
         raise ConfigError("no configuration file was given", "e.g. examples/arithmetic.yaml, or --config FILE")

@@ -34,7 +34,7 @@ from areal.evaluation import Evaluation
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
 from areal.packer import make_train_batch
 from areal.runner import Runner
-from areal.warmup import warm_up
+from areal.sft import warm_up
 from areal.staleness import StalenessManager
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
@@ -112,7 +112,8 @@ class PPOTrainer:
                 begin = time.monotonic()
                 await warm_up(config, cluster, self.eval_workflow)
                 totals.seconds_warmup = time.monotonic() - begin
-            await cluster.publish(0, wait=True)
+            await cluster.publish(0, announce=False)
+            await cluster.push()
             before = await self._evaluate("before")
             begin = time.monotonic()
             await self._learn(tasks)

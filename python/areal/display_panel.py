@@ -144,15 +144,27 @@ class RunPanel:
         table = _grid()
         _line(table, "reward", number(row.get("reward"), 3), sparkline(history.get("reward", []), 20))
         _line(table, "accuracy", share(row.get("accuracy")), sparkline(history.get("accuracy", []), 20))
-        _line(table, "length", number(row.get("length"), 1), sparkline(history.get("length", []), 20) + f"  max {count(row.get('length_max'))}")
+        _line(
+            table,
+            "length",
+            number(row.get("length"), 1),
+            sparkline(history.get("length", []), 20) + f"  max {count(row.get('length_max'))}",
+        )
         _line(table, "entropy", number(row.get("entropy"), 3), sparkline(history.get("entropy", []), 20))
-        _line(table, "loss", number(row.get("loss"), 4), f"grad {number(row.get('grad_norm'), 2)}  clipped {share(row.get('clip_fraction'))}")
+        _line(
+            table, "loss", number(row.get("loss"), 4), f"grad {number(row.get('grad_norm'), 2)}  clipped {share(row.get('clip_fraction'))}"
+        )
         return table
 
     def _system(self, row: Mapping[str, Any], eta: int) -> Table:
         table = _grid()
         for label, rate, busy in (("generation", "gen_tokens_per_s", "rollout_busy"), ("training", "train_tokens_per_s", "trainer_busy")):
-            _line(table, label, f"{count(row.get(rate))} tok/s", Text.assemble(bar(row.get(busy), 10, "blue"), f" {share(row.get(busy))} busy"))
+            _line(
+                table,
+                label,
+                f"{count(row.get(rate))} tok/s",
+                Text.assemble(bar(row.get(busy), 10, "blue"), f" {share(row.get(busy))} busy"),
+            )
         _line(table, "staleness", number(row.get("staleness_mean"), 2), f"max {row.get('staleness_max', '–')} of {eta} allowed")
         _line(table, "groups", count(row.get("inflight_groups")), f"in flight, {count(row.get('buffer_groups'))} ready")
         drift, bound = row.get("logprob_drift_max"), self.state.drift_bound

@@ -1,12 +1,12 @@
 """The folder of a run and the model it starts from.
 
-    fileroot/experiment_name/trial_name/
-        config.yaml      the resolved configuration
-        init/            the starting model, when it is made from scratch
-        logs/            one file a process
-        metrics.jsonl    one row a train step;  timeline.jsonl, tensorboard/, trajectories.jsonl
-        checkpoints/     Hugging Face checkpoints;  final/ is the result
-        summary.json     written last
+fileroot/experiment_name/trial_name/
+    config.yaml      the resolved configuration
+    init/            the starting model, when it is made from scratch
+    logs/            one file a process
+    metrics.jsonl    one row a train step;  timeline.jsonl, tensorboard/, trajectories.jsonl
+    checkpoints/     Hugging Face checkpoints;  final/ is the result
+    summary.json     written last
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def create_run_folder(config: GRPOConfig) -> Path:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text)
     except OSError as error:
-        raise ConfigError(f"the run's folder {folder} cannot be written ({error.strerror}); set stats_logger.fileroot to one that can") from error
+        raise ConfigError(
+            f"the run's folder {folder} cannot be written ({error.strerror}); set stats_logger.fileroot to one that can"
+        ) from error
     return folder
 
 
@@ -43,15 +45,24 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
     if config.actor.path:
         path = Path(config.actor.path).expanduser()
         if not (path / "config.json").is_file():
-            raise ConfigError(f"actor.path={config.actor.path} is not a Hugging Face model folder (it has no config.json); give the path of one")
+            raise ConfigError(
+                f"actor.path={config.actor.path} is not a Hugging Face model folder (it has no config.json); give the path of one"
+            )
         return path
     from areal.models.loading import create_model
     from areal.tasks.arithmetic import build_tokenizer
 
     if config.train_dataset.type != "arithmetic":
-        raise ConfigError("actor.init_from_scratch needs a data set that brings its tokenizer (train_dataset.type=arithmetic); give actor.path instead")
+        raise ConfigError(
+            "actor.init_from_scratch needs a data set that brings its tokenizer (train_dataset.type=arithmetic); give actor.path instead"
+        )
     tokenizer = build_tokenizer(config.train_dataset.max_terms)
-    special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    special = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     model = create_model({**special, **(config.actor.init_from_scratch or {})}, seed=config.seed)
     folder = run_folder / "init"
     model.save_pretrained(folder)

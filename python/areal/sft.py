@@ -214,26 +214,14 @@ class RolloutCheck:
     def __init__(self, cluster: Cluster, workflow: RolloutWorkflow, rows: list[dict[str, Any]]) -> None:
         self._cluster, self._workflow, self._rows = cluster, workflow, rows
         self._n_checks = 0
-        self._digest = 0
 
     async def publish(self) -> None:
-        begin = time.time()
-        _, self._digest = await self._cluster.trainer.publish(0)
-        self._cluster.stats.span("trainer 0", "weight_sync", begin, time.time())
-
-    async def push(self) -> None:
-        """Every live server takes what was published last; its hash proves it."""
-        acks = await self._cluster.client.update_weights_from_shm(self._cluster.trainer.shm_name, 0)
-        for url, ack in acks.items():
-            if ack.hash != f"{self._digest:016x}":
-                raise WarmupFailed(
-                    f"{url} holds other weights than the trainer in the warm-up: hash {ack.hash} instead of {self._digest:016x}"
-                )
+        await self._cluster.publish(0, announce=False)
 
     async def accuracy(self) -> float:
         from areal.evaluation import evaluate
 
-        await self.push()
+        await self._cluster.push()
         self._n_checks += 1
         begin = time.time()
         result = await evaluate(self._cluster.client, self._workflow, self._rows, seed=self._cluster.config.seed + self._n_checks)
@@ -278,7 +266,7 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
         )
     if check is not None:
         await check.publish()
-        await check.push()
+        await cluster.push()
     return result
 
 

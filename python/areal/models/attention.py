@@ -35,7 +35,19 @@ class AttentionContext(Protocol):
 
 
 # Keywords that some model passes and that change nothing for a causal, packed, dropout-free call.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states", "return_dict", "past_key_values", "num_items_in_batch", "logits_to_keep", "position_embeddings"}
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "past_key_values",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "position_embeddings",
+}
 
 
 def areal_attention(

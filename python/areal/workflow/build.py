@@ -29,7 +29,9 @@ def build_workflow(
         ConfigError: an import path that leads nowhere, or something that is not a workflow.
     """
     if workflow is None:
-        return RLVRWorkflow(reward_function(config), gconfig or config.gconfig, tokenizer, max_prompt_len=config.train_dataset.max_prompt_len)
+        return RLVRWorkflow(
+            reward_function(config), gconfig or config.gconfig, tokenizer, max_prompt_len=config.train_dataset.max_prompt_len
+        )
     if isinstance(workflow, str):
         workflow = import_object("workflow", workflow)
     built = workflow(**(kwargs or {})) if isinstance(workflow, type) else workflow
