@@ -132,7 +132,7 @@ class PromptDataset:
     """
 
     def __init__(self, source: RowSource | Sequence[Any], *, seed: int = 0, shuffle: bool = True, name: str = "dataset") -> None:
-        self.source = cast(RowSource, source) if hasattr(source, "size") else SequenceRows(cast(Sequence[Any], source), name)
+        self.source = cast(RowSource, source) if hasattr(source, "size") else SequenceRows(source, name)
         self.name = name
         self.dropped: Counter[str] = Counter()
         self._seed, self._shuffle = seed, shuffle and self.source.size is not None
