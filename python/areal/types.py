@@ -27,6 +27,8 @@ class ModelRequest:
     gconfig: GenerationConfig = field(default_factory=GenerationConfig)
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    """Not used: tokens go in and out. Workflows written for AReaL pass it."""
 
 
 @dataclass(slots=True)
