@@ -29,7 +29,12 @@ def make_model(folder: Path, seed: int = 0) -> Any:
     from areal.tasks.arithmetic import build_tokenizer
 
     tokenizer = build_tokenizer()
-    special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    special = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     create_model({**special, **TINY}, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -101,7 +101,7 @@ def test_full_disk_at_a_checkpoint(tmp_path: Path, small_disk: Path) -> None:
     checkpoints = tmp_path / "arithmetic" / "run" / "checkpoints"
     checkpoints.parent.mkdir(parents=True)
     run = TrainRun(tmp_path, "total_train_steps=8", "saver.every_steps=3")
-    run.wait_until(lambda: (run.folder / "config.yaml").exists(), 60)
+    run.wait_until((run.folder / "config.yaml").exists, 60)
     (small_disk / "ballast").write_bytes(
         b"0" * (4 << 20) if shutil.disk_usage(small_disk).free >= 4 << 20 else b"0" * shutil.disk_usage(small_disk).free
     )

@@ -163,7 +163,11 @@ class ArealWorkflow(RolloutWorkflow):
             resp = await engine.agenerate(req)
             assert resp.input_len == len(seq) and resp.output_len == len(resp.output_tokens)
             reward = await self.async_reward_fn(
-                self.tokenizer.decode(seq), self.tokenizer.decode(resp.output_tokens), resp.input_tokens, resp.output_tokens, **{"answer": "3"}
+                self.tokenizer.decode(seq),
+                self.tokenizer.decode(resp.output_tokens),
+                resp.input_tokens,
+                resp.output_tokens,
+                **{"answer": "3"},
             )
             seq = seq + resp.output_tokens
             loss_mask += [1] * resp.output_len

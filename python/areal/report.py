@@ -73,7 +73,9 @@ def load_run(folder: Path) -> Run:
     """Reads a run's folder, finished or not; raises ``ConfigError`` when it is none."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ConfigError(f"'{folder}' is not the folder of a run: it has no metrics.jsonl", "give the folder that `areal train` names at its end")
+        raise ConfigError(
+            f"'{folder}' is not the folder of a run: it has no metrics.jsonl", "give the folder that `areal train` names at its end"
+        )
     metrics = read_jsonl(path)
     if not metrics:
         raise ConfigError(f"the run '{folder}' has not finished a train step yet, so there is nothing to draw", "try again later")
@@ -166,7 +168,9 @@ def _timelines(page: _Page, timeline: Timeline, run: Run, zoom: tuple[float, flo
     (whole,) = page.row(heights[0], gap=1.25)
     draw_overview(whole, timeline, (0.0, timeline.end), zoom)
     whole.set_title("Who was doing what: the whole run (the height of a colour is its share of the time)", pad=20)
-    scale, unit = next((s, u) for limit, s, u in ((600, 1, "seconds"), (7200, 60, "minutes"), (np.inf, 3600, "hours")) if timeline.end <= limit)
+    scale, unit = next(
+        (s, u) for limit, s, u in ((600, 1, "seconds"), (7200, 60, "minutes"), (np.inf, 3600, "hours")) if timeline.end <= limit
+    )
     whole.xaxis.set_major_locator(MultipleLocator(scale * _round_step(timeline.end / scale / 8)))
     whole.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:g}"))
     whole.set_xlabel(f"{unit} since the start")
@@ -177,7 +181,9 @@ def _timelines(page: _Page, timeline: Timeline, run: Run, zoom: tuple[float, flo
     few.set_xlabel("seconds since the start     (▼ = new weights reach a rollout server; its running answers go on under them)")
     for axes in (whole, few):
         axes.grid(axis="y", visible=False)
-    page.figure.legend(handles=legend_patches(timeline), loc="lower center", ncols=8, fontsize=10, handlelength=1.4, bbox_to_anchor=(0.5, 0.002))
+    page.figure.legend(
+        handles=legend_patches(timeline), loc="lower center", ncols=8, fontsize=10, handlelength=1.4, bbox_to_anchor=(0.5, 0.002)
+    )
 
 
 def _round_step(value: float) -> float:
@@ -207,7 +213,9 @@ def _header(figure: Figure, run: Run, height: float) -> None:
     if summary.get("seconds_warmup"):
         parts.append(f"warm-up {summary['seconds_warmup']:.0f} s")
     if np.isfinite(oldest := run.column("staleness_max")).any():
-        parts.append(f"oldest token trained on: {np.nanmax(oldest):.0f} versions (bound {run.setting('rollout', 'max_head_offpolicyness')})")
+        parts.append(
+            f"oldest token trained on: {np.nanmax(oldest):.0f} versions (bound {run.setting('rollout', 'max_head_offpolicyness')})"
+        )
     if dropped := sum((summary.get("dropped") or {}).values()):
         parts.append(f"{dropped} dropped")
     if not summary:
@@ -315,7 +323,9 @@ def _drift(axes: Axes, run: Run) -> None:
             shown = True
     bound = run.setting("stats_logger", "logprob_drift_bound")
     if not shown:
-        axes.text(0.5, 0.5, "no trained token was of the current version", transform=axes.transAxes, ha="center", va="center", color="#71717a")
+        axes.text(
+            0.5, 0.5, "no trained token was of the current version", transform=axes.transAxes, ha="center", va="center", color="#71717a"
+        )
         return
     axes.set_yscale("log")
     if bound is not None:

@@ -64,12 +64,14 @@ def load_timeline(rows: Iterable[Mapping[str, Any]], origin: float | None = None
     first = min(s for kinds in spans.values() for pairs in kinds.values() for s, _ in pairs)
     last = max(e for kinds in spans.values() for pairs in kinds.values() for _, e in pairs)
     start = first if origin is None else min(origin, first)
-    lanes = {actor: {kind: union(np.array(pairs) - start) for kind, pairs in spans[actor].items()} for actor in sorted(spans, key=_lane_key)}
+    lanes = {
+        actor: {kind: union(np.array(pairs) - start) for kind, pairs in spans[actor].items()} for actor in sorted(spans, key=_lane_key)
+    }
     return Timeline(lanes, start, last - start)
 
 
 def _lane_key(actor: str) -> tuple[int, list[int], str]:
-    name = actor.split()[0]
+    name = actor.split(maxsplit=1)[0]
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER), [int(n) for n in re.findall(r"\d+", actor)], actor)
 
 
@@ -185,7 +187,9 @@ def draw_detail(axes: Axes, timeline: Timeline, window: tuple[float, float], ste
             edge = "white" if kind in ("training", "recompute") else "none"
             axes.broken_barh(bars, (low, height), facecolors=color(kind), edgecolors=edge, linewidth=0.8, zorder=z)
             if kind == "weight_sync" and actor.startswith("rollout"):
-                axes.plot(spans.mean(axis=1), np.full(len(spans), lane - 0.46), "v", color=color(kind), markersize=7, zorder=z + 10, clip_on=False)
+                axes.plot(
+                    spans.mean(axis=1), np.full(len(spans), lane - 0.46), "v", color=color(kind), markersize=7, zorder=z + 10, clip_on=False
+                )
         if actor.startswith("trainer"):
             _step_labels(axes, kinds.get("training", np.zeros((0, 2))), lane, window, steps)
     _lanes(axes, timeline, window)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from areal.models.packed import PackedContext
+
+__all__ = ["ATTENTION_NAME", "AttentionContext", "AttentionSpec", "PackedContext"]
 
 ATTENTION_NAME = "areal"
 
@@ -36,6 +39,7 @@ class AttentionContext(Protocol):
 
 # Keywords that some model passes and that change nothing for a causal, packed, dropout-free call.
 _HARMLESS = {
+<<<<<<< HEAD
     "position_ids",
     "use_cache",
     "cache_position",
@@ -48,6 +52,11 @@ _HARMLESS = {
     "logits_to_keep",
     "position_embeddings",
 }
+=======
+    "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
+    "past_key_values", "num_items_in_batch", "logits_to_keep", "position_embeddings",
+}  # fmt: skip
+>>>>>>> 746667b49ea5d5622448f448096a6f048fd48a53
 
 
 def areal_attention(
@@ -79,24 +88,3 @@ def areal_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, areal_attention)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedContext:
-    """Causal attention within each of the packed sequences of ``lengths`` tokens; together they are the T tokens."""
-
-    lengths: list[int]
-
-    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        outputs = []
-        for q_i, k_i, v_i in zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True):
-            o = F.scaled_dot_product_attention(
-                q_i.transpose(0, 1).unsqueeze(0),
-                k_i.transpose(0, 1).unsqueeze(0),
-                v_i.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                scale=spec.scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outputs.append(o[0].transpose(0, 1))
-        return torch.cat(outputs)

@@ -1,13 +1,14 @@
-"""Building and loading models: from a Hugging Face directory, or from random weights."""
+"""Building, loading and saving models: Hugging Face directories, or random weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from areal.models.attention import ATTENTION_NAME, AttentionContext
 
@@ -23,15 +24,56 @@ def create_model(config: dict[str, Any], *, seed: int, dtype: torch.dtype = torc
     torch.manual_seed(seed)
     keys = dict(config)
     hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
-    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=ATTENTION_NAME).eval()
+    return model_from_config(hf_config, dtype=dtype)
+
+
+def model_from_config(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights, areal's attention, eval mode."""
+    # from_config(dtype=...), not .to(dtype), which would round the rotary frequencies too.
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME).eval()
 
 
 def forward_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
     """Hidden states before the head: ids and positions [T] -> [T, hidden]."""
-    out = model.model(input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, attention_context=context)
+    out = model.base_model(
+        input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, attention_context=context
+    )
     return out.last_hidden_state[0]
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of transformer layers. ``ValueError`` if the model has none that can be told."""
+    n = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    names = set(model._no_split_modules or ())
+    for layers in lists:
+        if all(type(layer).__name__ in names for layer in layers):
+            return layers
+    raise ValueError(f"{type(model).__name__} has no list of {n} layers that areal recognises; use another model")
+
+
+def save_model(template: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes ``weights`` (names of ``template.named_parameters()``, tied ones once) as a Hugging Face model into ``folder``.
+
+    ``template`` gives the config and the names of the format on disk; its own weights are not looked at (it may be on the meta device).
+    """
+    missing = {name for name, _ in template.named_parameters()} - set(weights)
+    if missing:
+        raise ValueError(f"the weights to save lack '{min(missing)}'")
+    template.save_pretrained(folder, state_dict=dict(weights))
+
+
+def meta_template(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same architecture without storage, for ``save_model``."""
+    with torch.device("meta"):
+        template = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    template.generation_config = model.generation_config
+    # What the checkpoint was converted from on loading; saving converts back.
+    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+        template._weight_conversions = conversions
+    return template
+
+
 def head(model: PreTrainedModel) -> nn.Linear:
-    """The output projection (its weight is [vocabulary, hidden])."""
+    """The output projection (its weight is [vocabulary, hidden]); ``heads.head_of`` also has what else a head does."""
     return model.get_output_embeddings()
