@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.tasks.arithmetic import arithmetic_reward
-from benchmarks.common import machine, write_results
+from benchmarks.measure import report
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED_STEPS = 5
@@ -149,16 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     table = [row for workload in args.workloads.split(",") for row in bench(workload, args.steps, args.repeats, args.eta, args.cache)]
-    print(
-        f"{'workload':10} {'placement':9} {'tokens/s':>9} {'range':>15} {'s/step':>7} {'gen busy':>8} {'train busy':>10} {'async faster by':>16}"
-    )
-    for row in table:
-        span = f"{row['tokens_per_s_min']:.0f}-{row['tokens_per_s_max']:.0f}"
-        print(
-            f"{row['workload']:10} {row['placement']:9} {row['tokens_per_s']:9.0f} {span:>15} {row['seconds_per_step']:7.2f} "
-            f"{row['rollout_busy']:8.0%} {row['trainer_busy']:10.0%} {row['async_is_faster_by']:15.2f}x"
-        )
-    write_results("async_vs_sync", {"machine": machine(), "steps": args.steps, "repeats": args.repeats, "eta": args.eta, "rows": table})
+    report("async_vs_sync", table, steps=args.steps, repeats=args.repeats, eta=args.eta)
 
 
 if __name__ == "__main__":

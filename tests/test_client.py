@@ -297,7 +297,7 @@ def test_wire_speaks_http_with_a_real_server() -> None:
             assert await wire.call("GET", "/close", timeout=5) == [1]
             assert not wire._idle
             assert len(await wire.call("GET", "/big", timeout=5)) == 3000
-            with pytest.raises(HTTPStatusError, match="^HTTP 400: the prompt is too long$"):
+            with pytest.raises(HTTPStatusError, match=r"^HTTP 400: the prompt is too long$"):
                 await wire.call("GET", "/other", timeout=5)
             results = await asyncio.gather(*(wire.call("POST", "/echo", {"i": i}, timeout=5) for i in range(100)))
             assert [r["body"] for r in results] == [f'{{"i":{i}}}' for i in range(100)]

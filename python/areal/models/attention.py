@@ -39,24 +39,9 @@ class AttentionContext(Protocol):
 
 # Keywords that some model passes and that change nothing for a causal, packed, dropout-free call.
 _HARMLESS = {
-<<<<<<< HEAD
-    "position_ids",
-    "use_cache",
-    "cache_position",
-    "is_causal",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "past_key_values",
-    "num_items_in_batch",
-    "logits_to_keep",
-    "position_embeddings",
-}
-=======
     "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states", "return_dict",
     "past_key_values", "num_items_in_batch", "logits_to_keep", "position_embeddings",
 }  # fmt: skip
->>>>>>> 746667b49ea5d5622448f448096a6f048fd48a53
 
 
 def areal_attention(
