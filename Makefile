@@ -61,6 +61,6 @@ $(VENV)/.train: $(VENV)/.torch $(SOURCES)
 	$(PIP_INSTALL) --config-settings=cmake.define.AREAL_CUDA=$(AREAL_CUDA) -e '.[train]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.train
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP_INSTALL) --config-settings=cmake.define.AREAL_CUDA=$(AREAL_CUDA) -e '.[train,test]'
-	touch $@
+	touch $(VENV)/.train $@

@@ -57,7 +57,8 @@ void weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintptr_t s
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "areal's compiled host code and CUDA launchers; use it through areal.ops";
-  module.def("build_info", &build_info, "What this module was built with, and the instruction sets of this CPU that it can use, best first.");
+  module.def("build_info", &build_info,
+             "What this module was built with, and the instruction sets of this CPU that it can use, best first.");
   module.def("plan_microbatches_ffd", &plan_microbatches_ffd, py::arg("lengths"), py::arg("n"), py::arg("capacity"), py::arg("world_size"),
              py::arg("k_min"));
   module.def("copy_and_hash", &copy_and_hash, py::arg("rows"), py::arg("threads"), py::arg("instruction_set") = "");

@@ -36,8 +36,8 @@ namespace {
 
 constexpr uint64_t kWord = 8;
 constexpr uint64_t kMaxVector = 64;
-constexpr uint64_t kChunk = 1024 * 1024;      // what a thread takes at a time; a multiple of kMaxVector
-constexpr uint64_t kPerThread = 2 * kChunk;   // less than this is not worth starting a thread for
+constexpr uint64_t kChunk = 1024 * 1024;       // what a thread takes at a time; a multiple of kMaxVector
+constexpr uint64_t kPerThread = 2 * kChunk;    // less than this is not worth starting a thread for
 constexpr uint64_t kStreamFrom = 16 * kChunk;  // copies larger than this would only flush the caches
 
 struct Variant {

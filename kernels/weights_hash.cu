@@ -34,7 +34,8 @@ __device__ __forceinline__ void add_block_sum(uint64_t sum, uint64_t* target) {
 
 // kAligned: data is a multiple of 16 bytes, and words travel in pairs. Otherwise (a view into a tensor) they are put together from bytes.
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads) weights_hash_kernel(const uint8_t* __restrict__ data, uint64_t bytes, uint64_t key, uint64_t* target) {
+__global__ void __launch_bounds__(kThreads)
+    weights_hash_kernel(const uint8_t* __restrict__ data, uint64_t bytes, uint64_t key, uint64_t* target) {
   const uint64_t thread = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const uint64_t stride = static_cast<uint64_t>(gridDim.x) * kThreads;
   const uint64_t words = bytes / kWord;
