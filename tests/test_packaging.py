@@ -19,6 +19,8 @@ HAS_TOOLS = all(importlib.util.find_spec(tool) for tool in ("scikit_build_core",
     shutil.which("cmake") is not None or importlib.util.find_spec("cmake") is not None
 )
 
+pytestmark = pytest.mark.timeout(500)  # compilers on a busy machine
+
 
 def site_packages() -> list[str]:
     """Where this process finds its packages, the source folder left out."""
