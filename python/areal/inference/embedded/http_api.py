@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -151,8 +152,8 @@ class EngineServer:
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
         body = _object(await http.read())
         path, label = body.get("model_path"), body.get("weight_version")
-        if not isinstance(path, str):
-            return failure("give model_path, a Hugging Face model directory")
+        if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
+            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
 
         def read() -> dict[str, Tensor]:
             dtype = next(self._engine.model.parameters()).dtype
