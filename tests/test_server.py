@@ -148,7 +148,7 @@ def test_streaming_sends_growing_answers(server: Server) -> None:
     ("content", "sentence"),
     [
         (b"{", "not JSON"),
-        ([], "JSON object"),
+        (b"[]", "JSON object"),
         ({}, "either input_ids or text"),
         ({"input_ids": []}, "not empty"),
         ({"input_ids": [1, "a"]}, "list of token ids"),
