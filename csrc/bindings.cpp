@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "decode_attention.h"
 #include "plan_microbatches.h"
 #include "weights_hash.h"
 #ifdef AREAL_CUDA_VERSION
@@ -46,6 +47,16 @@ uint64_t copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, unsigne
   return areal::copy_and_hash(segments, threads, instruction_set);
 }
 
+// addresses: q, k, v, k_cache, v_cache, positions, out; sizes: rows, heads, kv_heads, capacity, d, row strides of q, k, v, window.
+void decode_attention(const std::array<uintptr_t, 7>& addresses, const std::array<int64_t, 9>& sizes, float scaling, unsigned threads,
+                      const std::string& instruction_set) {
+  py::gil_scoped_release release;
+  const auto floats = [&](int i) { return reinterpret_cast<float*>(addresses[i]); };
+  areal::decode_attention({floats(0), floats(1), floats(2), floats(3), floats(4), reinterpret_cast<const int64_t*>(addresses[5]), floats(6), sizes[0],
+                           sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], scaling},
+                          threads, instruction_set);
+}
+
 #ifdef AREAL_CUDA_VERSION
 void weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintptr_t sum, uintptr_t stream) {
   const char* error = areal::weights_hash_cuda(reinterpret_cast<const void*>(data), bytes, key, reinterpret_cast<uint64_t*>(sum), stream);
@@ -62,6 +73,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("plan_microbatches_ffd", &plan_microbatches_ffd, py::arg("lengths"), py::arg("n"), py::arg("capacity"), py::arg("world_size"),
              py::arg("k_min"));
   module.def("copy_and_hash", &copy_and_hash, py::arg("rows"), py::arg("threads"), py::arg("instruction_set") = "");
+  module.def("decode_attention", &decode_attention, py::arg("addresses"), py::arg("sizes"), py::arg("scaling"), py::arg("threads"),
+             py::arg("instruction_set") = "");
 #ifdef AREAL_CUDA_VERSION
   module.def("weights_hash_cuda", &weights_hash_cuda, py::arg("data"), py::arg("bytes"), py::arg("key"), py::arg("sum"), py::arg("stream"));
 #endif

@@ -26,8 +26,15 @@ class RunningBatch:
         """last_token is the next one to be fed, at ``position``; so K/V below ``position`` is stored."""
         self._floats = np.zeros((2, n_slots))
         self.temperature, self.top_p = self._floats
-        self.seed = np.zeros(n_slots, dtype=np.uint64)
-        self.stop_ids = np.full((n_slots, 1), -1, dtype=np.int64)
+        self.key = np.zeros(n_slots, dtype=np.uint64)
+        """From the seed; see ``sampling.keyed_uniforms``."""
+        self.n_filtered = 0
+        """Rows whose sampling is more than a draw at temperature 1."""
+        self.n_watched = 0
+        """Rows that stream or have stop strings."""
+        self.stop_ids = np.full((1, n_slots), -1, dtype=np.int64)
+        """[most stop tokens of any row, n_slots]; -1 where a row has fewer."""
+        self._rows = np.arange(n_slots)
         self.out_tokens = np.zeros((n_slots, 64), dtype=np.int64)
         self.out_logprobs = np.zeros((n_slots, 64), dtype=np.float32)
 
@@ -41,12 +48,13 @@ class RunningBatch:
         prompt, params = sequence.request.input_ids, sequence.request.params
         self._ints[:, slot] = prompt[-1], len(prompt) - 1, 0, params.max_new_tokens, params.min_new_tokens, params.top_k
         self._floats[:, slot] = params.temperature, params.top_p
-        self.seed[slot] = sequence.seed
+        self.key[slot] = sequence.key
+        self._count(sequence, 1)
         n_stops = len(sequence.stop_ids)
-        if n_stops > self.stop_ids.shape[1]:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, n_stops - self.stop_ids.shape[1])), constant_values=-1)
-        self.stop_ids[slot] = -1
-        self.stop_ids[slot, :n_stops] = sequence.stop_ids
+        if n_stops > self.stop_ids.shape[0]:
+            self.stop_ids = np.pad(self.stop_ids, ((0, n_stops - self.stop_ids.shape[0]), (0, 0)), constant_values=-1)
+        self.stop_ids[:, slot] = -1
+        self.stop_ids[:n_stops, slot] = sequence.stop_ids
         sequence.slot = slot
         self.sequences.append(sequence)
         self.n_rows += 1
@@ -58,13 +66,14 @@ class RunningBatch:
         if n_out.max() >= self.out_tokens.shape[1]:
             self.out_tokens = np.pad(self.out_tokens, ((0, 0), (0, self.out_tokens.shape[1])))
             self.out_logprobs = np.pad(self.out_logprobs, ((0, 0), (0, self.out_logprobs.shape[1])))
-        rows = np.arange(n)
+        rows = self._rows[:n]
         self.out_tokens[rows, n_out] = tokens
         self.out_logprobs[rows, n_out] = logprobs
         self.last_token[:n] = tokens
         self._ints[1:3, :n] += 1
-        done = (self.stop_ids[:n] == tokens[:, None]).any(axis=1)
-        done |= self.n_out[:n] >= self.max_new[:n]
+        done = n_out >= self.max_new[:n]
+        for stop in self.stop_ids[:, :n]:
+            done |= stop == tokens
         return np.flatnonzero(done)
 
     def stored_tokens(self, slot: int) -> list[int]:
@@ -81,17 +90,24 @@ class RunningBatch:
     def drop(self, slots: list[int]) -> Iterator[tuple[int, int, int]]:
         """Removes rows; yields (from, to, K/V length) for every sequence that moves down to close a hole, before it moves."""
         for slot in sorted(slots, reverse=True):
+            self._count(self.sequences[slot], -1)
             last = self.n_rows - 1
             if slot != last:
                 yield last, slot, int(self.position[last])
                 n_out = self.n_out[last]
                 self._ints[:, slot] = self._ints[:, last]
                 self._floats[:, slot] = self._floats[:, last]
-                self.seed[slot] = self.seed[last]
-                self.stop_ids[slot] = self.stop_ids[last]
+                self.key[slot] = self.key[last]
+                self.stop_ids[:, slot] = self.stop_ids[:, last]
                 self.out_tokens[slot, :n_out] = self.out_tokens[last, :n_out]
                 self.out_logprobs[slot, :n_out] = self.out_logprobs[last, :n_out]
                 self.sequences[slot] = self.sequences[last]
                 self.sequences[slot].slot = slot
             self.sequences.pop()
             self.n_rows -= 1
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        params = sequence.request.params
+        filtered = params.temperature != 1.0 or params.top_p < 1.0 or params.top_k > 0 or params.min_new_tokens > 0
+        self.n_filtered += sign * filtered
+        self.n_watched += sign * (bool(params.stop) or sequence.request.on_token is not None)

@@ -21,7 +21,7 @@ from areal.inference.embedded.batch import RunningBatch
 from areal.inference.embedded.forward import Forward
 from areal.inference.embedded.kv_cache import DecodeContext, KVCache, PrefillContext
 from areal.inference.embedded.request import Answer, GenerateRequest, RequestError, Sequence
-from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens
+from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens, sequence_key
 from areal.inference.embedded.scheduler import PrefillGroup, Scheduler
 from areal.models.loading import load_model
 
@@ -97,10 +97,10 @@ class EmbeddedEngine:
         """Queues a request; its answer comes out of a later ``step``. Raises RequestError if it cannot be served."""
         self.check(request)
         params = request.params
-        seed = secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed & 0xFFFFFFFFFFFFFFFF
+        key = sequence_key(secrets.randbits(64) if params.sampling_seed is None else params.sampling_seed)
         stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._eos_ids)
-        key = np.asarray(request.input_ids, dtype=np.int64).tobytes()
-        self._scheduler.waiting.append(Sequence(request, seed, np.array(stops, dtype=np.int64), key))
+        prompt_key = np.asarray(request.input_ids, dtype=np.int64).tobytes()
+        self._scheduler.waiting.append(Sequence(request, key, np.array(stops, dtype=np.int64), prompt_key))
 
     def check(self, request: GenerateRequest) -> None:
         """Raises RequestError, in one sentence, if the request cannot be served. Any thread may call it."""
@@ -249,12 +249,14 @@ class EmbeddedEngine:
 
     def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         batch, n = self._batch, logits.shape[0]
+        uniforms = torch.from_numpy(keyed_uniforms(batch.key[:n], batch.n_out[:n])).to(self.device)
+        if not batch.n_filtered:
+            return sample_tokens(logits, uniforms)
         temperature, top_p, top_k = batch.temperature[:n], batch.top_p[:n], batch.top_k[:n]
 
         def on_device(array: np.ndarray, needed: bool) -> Tensor | None:
             return torch.from_numpy(array).to(self.device) if needed else None
 
-        uniforms = torch.from_numpy(keyed_uniforms(batch.seed[:n], batch.n_out[:n])).to(self.device)
         return sample_tokens(
             logits,
             uniforms,
@@ -274,21 +276,25 @@ class EmbeddedEngine:
         return banned
 
     def _collect(self, done: list[int]) -> None:
-        """Ends the rows ``done`` and those whose text now holds a stop string; tells streams about their new token."""
+        """Ends the rows ``done`` and those whose text now holds a stop string."""
         reasons: dict[int, dict[str, Any]] = {}
         for slot in done:
             token = int(self._batch.last_token[slot])
             stopped = token in self._batch.sequences[slot].stop_ids
             reasons[slot] = {"type": "stop", "matched": token} if stopped else {"type": "length", "length": int(self._batch.n_out[slot])}
+        if self._batch.n_watched:
+            self._watch(reasons)
+        if reasons:
+            self._finished += [self._batch.answer(slot, reason) for slot, reason in reasons.items()]
+            self._drop(list(reasons))
+
+    def _watch(self, reasons: dict[int, dict[str, Any]]) -> None:
         for slot, sequence in enumerate(self._batch.sequences):
             params = sequence.request.params
             if params.stop and (match := self._stop_string(slot, params.stop)):
                 reasons[slot] = {"type": "stop", "matched": match}
             if sequence.request.on_token and slot not in reasons:
                 sequence.request.on_token(self._batch.answer(slot, None))
-        if reasons:
-            self._finished += [self._batch.answer(slot, reason) for slot, reason in reasons.items()]
-            self._drop(list(reasons))
 
     def _stop_string(self, slot: int, stops: tuple[str, ...]) -> str | None:
         """The stop string that the newest token completed. Looks at a tail only: a character takes at most four tokens."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from areal.models.attention import AttentionContext, AttentionSpec
-from areal.models.loading import forward_hidden, head
+from areal.models.heads import head_of
+from areal.models.loading import forward_hidden
 
 _LLAMA_FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 _TABLE_QUANTUM = 1024
@@ -28,9 +29,9 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._head = head(model)
+        self._head = head_of(model)
         self._fused = _FusedLlama(model) if model.config.model_type in _LLAMA_FAMILY and model.config.hidden_act == "silu" else None
-        self.vocab_size = self._head.weight.shape[0]
+        self.vocab_size = self._head.projection.weight.shape[0]
 
     def hidden(self, ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Hidden states before the head: ids and positions [T] -> [T, hidden]."""
@@ -39,7 +40,8 @@ class Forward:
         return forward_hidden(self._model, ids, positions, context)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
+        """[n, hidden] -> [n, vocabulary]."""
+        return self._head.logits(hidden)
 
 
 @dataclass(slots=True)

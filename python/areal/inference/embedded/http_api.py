@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from areal.inference.embedded.protocol import GenerateCall, answer_json, parse_g
 from areal.inference.embedded.request import RequestError
 from areal.models.loading import load_model
 from areal.ops.weights_hash import weights_hash
+from areal.weight_sync.shm import ShmReader
 
 _SHM_TIMEOUT = 30.0
 """Seconds that an update waits for the version it was told about."""
@@ -42,7 +44,7 @@ class EngineServer:
         self._thread = EngineThread(engine, asyncio.get_running_loop())
         self._weight_version = str(engine.version)
         self._hash = ""
-        self._readers: dict[str, Any] = {}
+        self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
 
     def app(self) -> web.Application:
@@ -151,8 +153,8 @@ class EngineServer:
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
         body = _object(await http.read())
         path, label = body.get("model_path"), body.get("weight_version")
-        if not isinstance(path, str):
-            return failure("give model_path, a Hugging Face model directory")
+        if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
+            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
 
         def read() -> dict[str, Tensor]:
             dtype = next(self._engine.model.parameters()).dtype
@@ -171,8 +173,6 @@ class EngineServer:
             return await self._update(load, body, None if label is None else str(label))
 
     async def update_weights_from_shm(self, http: web.Request) -> web.Response:
-        from areal.weight_sync.shm import ShmReader
-
         body = _object(await http.read())
         name, version = body.get("name"), body.get("version")
         if not isinstance(name, str) or not isinstance(version, int):

@@ -6,6 +6,7 @@ Row i of a decode batch is slot i, so decoding reads a view of the cache. Entry 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from areal.models.attention import AttentionSpec, PackedContext
 from areal.models.loading import forward_hidden
+from areal.ops.decode_attention import cpp_can, decode_attention
 
 _CAPACITY_QUANTUM = 64
 _SPAN_QUANTUM = 16
@@ -46,6 +48,7 @@ class KVCache:
         forward_hidden(model, ids, torch.arange(2, device=parameter.device), probe)
         self._shapes = probe.shapes
         self._options = {"dtype": parameter.dtype, "device": parameter.device}
+        self.compiled = cpp_can(parameter)
         self.n_slots = n_slots
         self.max_context = max_context
         self.capacity = 0
@@ -103,22 +106,34 @@ class PrefillContext:
 class DecodeContext:
     """Attention of one new token per row over the rows' slots, which it stores first.
 
-    Rows whose lengths differ widely are split into length buckets, since a row costs as much as the longest of its bucket.
-    In deterministic mode a row's bucket follows from its own length alone, so its result does not depend on the other rows.
+    Compiled where ``ops.decode_attention`` is (CPU, float32). Else by dense products over all rows; rows whose lengths differ widely
+    are then split into length buckets, since a row costs as much as the longest of its bucket. In deterministic mode a row's bucket
+    follows from its own length alone, so its result does not depend on the other rows.
     """
 
     def __init__(self, cache: KVCache, positions: Tensor, lengths: list[int], *, deterministic: bool = False) -> None:
         """positions: int64 [R] on the cache's device, where each row's new token goes; lengths: the same, plus 1, on the host."""
         self._cache = cache
         self._positions = positions
-        self._rows = torch.arange(len(lengths), device=positions.device)
-        self._buckets = [
-            _Bucket(None if rows is None else torch.tensor(rows, device=positions.device), span, positions)
-            for rows, span in _plan_buckets(lengths, cache.capacity, deterministic)
+        self._lengths = lengths
+        self._deterministic = deterministic
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self._lengths), device=self._positions.device)
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        device = self._positions.device
+        return [
+            _Bucket(None if rows is None else torch.tensor(rows, device=device), span, self._positions)
+            for rows, span in _plan_buckets(self._lengths, self._cache.capacity, self._deterministic)
         ]
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         k_cache, v_cache = self._cache.k[layer_idx], self._cache.v[layer_idx]
+        if self._cache.compiled and spec.softcap is None and spec.sinks is None and k.shape == v.shape:
+            return decode_attention(q, k, v, k_cache, v_cache, self._positions, scaling=spec.scaling, window=spec.sliding_window)
         k_cache[self._rows, :, self._positions] = k
         v_cache[self._rows, :, self._positions] = v
         n = q.shape[0]

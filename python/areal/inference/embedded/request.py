@@ -78,7 +78,8 @@ class Sequence:
     """A request on its way through the engine."""
 
     request: GenerateRequest
-    seed: int
+    key: int
+    """Of its random numbers: ``sampling.sequence_key(seed)``."""
     stop_ids: NDArray[np.int64]
     """Tokens that end this answer."""
     prompt_key: bytes = b""

@@ -9,30 +9,33 @@ from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_MASK = (1 << 64) - 1
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), elementwise."""
     x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _S30)) * _MIX_1
+    x = (x ^ (x >> _S27)) * _MIX_2
+    return x ^ (x >> _S31)
 
 
-def keyed_uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position in the answer); 53 random bits each."""
-    bits = splitmix64(splitmix64(seeds) ^ positions.astype(np.uint64))
+def sequence_key(seed: int) -> int:
+    """The key of a sequence's random numbers. Seeds count modulo 2^64."""
+    return int(splitmix64(np.array([seed & _MASK], dtype=np.uint64))[0])
+
+
+def keyed_uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) per (sequence key, position in the answer); 53 random bits each."""
+    bits = splitmix64(keys ^ positions.view(np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def seed_of_sample(seed: int, sample: int) -> int:
     """Seed of sample ``sample`` of a request for several; sample 0 keeps the request's own seed."""
-    if sample == 0:
-        return seed
-    with np.errstate(over="ignore"):
-        key = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-        return int(splitmix64(splitmix64(key) + np.uint64(sample))[0])
+    return seed if sample == 0 else sequence_key(sequence_key(seed) + sample)
 
 
 def sample_tokens(
