@@ -1,5 +1,8 @@
 """The example configurations are whole: they load, their checks pass, and the longest sequence of their task fits."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,54 @@ def test_longest_chain_fits(path):
 
 def test_there_are_three():
     assert {p.stem for p in EXAMPLES} == {"arithmetic", "arithmetic_long", "gsm8k"}
+
+
+def make_tiny_model(folder: Path) -> None:
+    """A random Qwen2 with a tokenizer of bytes and no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from areal.models.loading import create_model
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = {"model_type": "qwen2", "vocab_size": len(vocabulary), "max_position_embeddings": 4096, "eos_token_id": 0, **sizes}
+    create_model(config, seed=0).save_pretrained(folder)
+
+
+def test_gsm8k_starts_on_a_tiny_random_model(tmp_path):
+    """The whole loop on worded problems: a random model answers none of them, and says so."""
+    make_tiny_model(tmp_path / "model")
+    rows = [
+        {"question": f"Ann has {n} apples and buys {n} more. How many has she?", "answer": f"{n} + {n}\n#### {2 * n}"} for n in range(1, 9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    overrides = {
+        "actor.path": tmp_path / "model",
+        "train_dataset.path": tmp_path / "rows.jsonl",
+        "valid_dataset.path": tmp_path / "rows.jsonl",
+        "stats_logger.fileroot": tmp_path / "runs",
+        "actor.device": "cpu",
+        "rollout.device": "cpu",
+        "actor.dtype": "float32",
+        "total_train_steps": 2,
+        "gconfig.max_new_tokens": 8,
+        "gconfig.n_samples": 2,
+        "evaluator.gconfig.max_new_tokens": 8,
+        "evaluator.n_prompts": 4,
+        "rollout.consumer_batch_size": 4,
+        "rollout.max_concurrent_rollouts": 4,
+        "rollout.max_running_requests": 8,
+        "reward.workers": 1,
+        "reward.timeout": 60,
+    }
+    command = [sys.executable, "-m", "areal", "train", str(EXAMPLES[-1]), *(f"{key}={value}" for key, value in overrides.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs" / "gsm8k" / "qwen2.5-1.5b" / "summary.json").read_text())
+    assert summary["train_steps"] == 2 and summary["accuracy_after"] == 0.0 and summary["tokens_trained"] > 0

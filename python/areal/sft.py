@@ -8,6 +8,7 @@ when sampled answers are that accurate, and training ends there. Answers are che
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
-from areal.data import PromptDataset, encode_prompt
+from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
 from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
@@ -24,6 +25,9 @@ from areal.types import Minibatch
 if TYPE_CHECKING:
     from areal.cluster import Cluster
     from areal.workflow.base import RolloutWorkflow
+
+
+log = logging.getLogger(__name__)
 
 
 class WarmupFailed(RuntimeError):
@@ -200,8 +204,16 @@ def check_rows(config: GRPOConfig, train_dataset: PromptDataset, tokenizer: Any)
     forced = list(tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else []
     rows = []
     for row in train_dataset.first(config.warmup.eval_samples):
-        prompt = encode_prompt(row, tokenizer)
+        try:
+            prompt = encode_prompt(row, tokenizer)
+        except MalformedRow as error:
+            log.warning("left out of the accuracy checks: %s", error)
+            continue
         rows.append({key: value for key, value in row.items() if key not in ("prompt", "messages")} | {"input_ids": prompt + forced})
+    if not rows:
+        raise ConfigError(
+            "no prompt of train_dataset can be tokenized, so warmup.stop_at_accuracy cannot be checked", "check train_dataset.path"
+        )
     return rows
 
 
