@@ -131,12 +131,12 @@ class RolloutClient:
         server.live = True
         self._notify()
 
-    def remove_server(self, url: str) -> None:
-        """Nothing is sent there any more; what waits for it goes to the others."""
+    def remove_server(self, url: str, reason: str = "") -> None:
+        """Nothing is sent there any more; what waits for it goes to the others. ``reason`` is told if none is left."""
         server = self._servers.pop(url, None)
         if server is not None:
             server.live = False
-            self._last_death = server.describe()
+            self._last_death = reason or server.describe()
             server.wire.close()
             self._notify()
 
@@ -255,9 +255,7 @@ class RolloutClient:
         if server.process is not None and server.process.poll() is not None:
             self.remove_server(server.url)
         elif failures >= _RETRIES:
-            if server.process is None or isinstance(error, WireError):
-                self.remove_server(server.url)
-            raise ServerDied(f"{server.describe()} failed {failures} times in a row, the last time: {error}") from error
+            self.remove_server(server.url, f"{server.describe()} failed {failures} times in a row, the last time: {error}")
         else:
             await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * 2 ** (failures - 1)))
 
