@@ -210,7 +210,8 @@ class RolloutClient:
         except TimeoutError:
             where = f" on {route.server.url}" if route is not None and route.server is not None else ""
             raise TimeoutError(
-                f"request {request.rid}{where} had no answer after {timeout:g} s (rollout.request_timeout); {len(done.tokens)} tokens were there"
+                f"request {request.rid}{where} had no answer after {timeout:g} s (rollout.request_timeout); "
+                f"{len(done.tokens)} tokens were there"
             ) from None
         return ModelResponse(list(request.input_ids), done.tokens, done.logprobs, done.versions, reason, time.monotonic() - begin)
 
@@ -308,7 +309,7 @@ class RolloutClient:
             answer = await server.wire.call("POST", "/update_weights_from_shm", body, timeout=self.config.request_timeout)
         except TimeoutError:
             raise WeightUpdateError(
-                f"the controller waited {self.config.request_timeout:g} s for {server.url} to take version {version} (rollout.request_timeout)"
+                f"the controller waited {self.config.request_timeout:g} s (rollout.request_timeout) for {server.url} to take version {version}"
             ) from None
         except HTTPStatusError as error:
             raise WeightUpdateError(f"{server.url} refused version {version}: {error.text}") from error
