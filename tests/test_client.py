@@ -128,7 +128,7 @@ def _plain_model(server: Server) -> Any:
 
 async def _until(client: RolloutClient, url: str, holds: Callable[[dict[str, Any]], bool]) -> None:
     async with asyncio.timeout(20):
-        while not holds((await client.engine_stats())[url]):  # noqa: ASYNC110 - polls another process or task
+        while not holds((await client.engine_stats())[url]):
             await asyncio.sleep(0.01)
 
 

@@ -90,7 +90,7 @@ class _Loop:
 
     async def finished(self, n: int) -> None:
         async with asyncio.timeout(30):
-            while len(self.buffer) < n:  # noqa: ASYNC110 - polls another process or task
+            while len(self.buffer) < n:
                 await asyncio.sleep(0.01)
 
 
@@ -273,7 +273,7 @@ def test_cancellation_in_mid_flight_leaves_nothing(server: Server, model: tuple[
 
 async def _engine(client: RolloutClient, holds: Callable[[dict[str, Any]], bool]) -> None:
     async with asyncio.timeout(20):
-        while not all(map(holds, (await client.engine_stats()).values())):  # noqa: ASYNC110 - polls another process or task
+        while not all(map(holds, (await client.engine_stats()).values())):
             await asyncio.sleep(0.01)
 
 
