@@ -22,7 +22,7 @@ from areal.reward import (
     RewardService,
     RewardServiceError,
 )
-from areal.reward.math import gsm8k_reward, math_equal
+from areal.reward.math import math_equal, math_reward
 from areal.reward.worker import BadScore, check_score
 
 
@@ -314,10 +314,10 @@ def test_check_score_refuses_the_rest(value: object) -> None:
     ],
 )
 def test_gsm8k(completion: str, answer: str, score: float) -> None:
-    assert gsm8k_reward("q", completion, [], [], answer=answer) == score
+    assert math_reward("q", completion, [], [], answer=answer) == score
 
 
 def test_gsm8k_needs_an_answer() -> None:
     with pytest.raises(ValueError, match="answer"):
-        gsm8k_reward("q", "1", [], [])
+        math_reward("q", "1", [], [])
     assert math_equal("\\boxed{x^2}", "$x^2$")

@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="module")
 def server(model: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(model[0], tmp_path_factory.mktemp("logs") / "rollout_0.log").wait()
+    server = Server(model[0], tmp_path_factory.mktemp("logs") / "rollout_0.log", "rollout 0", "--deterministic").wait()
     yield server
     server.process.terminate()
 

@@ -104,7 +104,7 @@ def test_rlvr_scores_an_answer() -> None:
         async with RewardService():
             workflow = RLVRWorkflow(arithmetic_reward, GenerationConfig(n_samples=4, max_new_tokens=9), tokenizer)
             assert isinstance(workflow, RolloutWorkflow)
-            answer = tokenizer.encode("#3") + [tokenizer.eos_token_id]
+            answer = [*tokenizer.encode("#3"), tokenizer.eos_token_id]
             engine = ScriptedEngine(answer, answer[:1] * 2)
             row = {"prompt": "a7b*8c-3=", "answer": "3", "prompt_id": "x", "completions": "a column in the reward's way"}
             t = to_trajectory(await workflow.arun_episode(engine, row))

@@ -152,6 +152,7 @@ class Runner:
         self._staleness = staleness
         self._buffer = buffer
         self._next_group = 0
+        self._unfinished: set[int] = set()
         self._wake = asyncio.Event()
         self._dropped_in_a_row = 0
         self._last_drop = ""
@@ -171,6 +172,8 @@ class Runner:
                     await self._wake.wait()
         finally:
             self._client.off_change(self._wake.set)
+            for group_id in list(self._unfinished):  # cancelled, some before they began
+                self._finish(group_id, None)
 
     def _admit(self, groups: asyncio.TaskGroup) -> None:
         version = self._client.acked_version
@@ -184,6 +187,7 @@ class Runner:
             self._next_group += 1
             self._staleness.admit()
             self._buffer.admitted(group_id, version)
+            self._unfinished.add(group_id)
             groups.create_task(self._run_group(group_id, row), name=f"group {group_id}").add_done_callback(self._wake_up)
 
     def _wake_up(self, _: object) -> None:
@@ -204,19 +208,23 @@ class Runner:
         return row
 
     async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
-        trajectories: list[Trajectory] | None = None
         try:
             trajectories = await self._episodes(row)
         except EpisodeDropped as dropped:
+            self._finish(group_id, None)
             self._drop(dropped.cause, str(dropped))
-        finally:  # also when cancelled, or when the run is ending: nobody waits for this group any more
-            if trajectories is None:
-                self._buffer.reject(group_id)
-                self._staleness.finish_rejected()
-            else:
-                self._dropped_in_a_row = 0
-                self._buffer.put(Group(group_id, row, trajectories))
-                self._staleness.finish_accepted()
+        else:
+            self._dropped_in_a_row = 0
+            self._finish(group_id, Group(group_id, row, trajectories))
+
+    def _finish(self, group_id: int, group: Group | None) -> None:
+        self._unfinished.remove(group_id)
+        if group is None:
+            self._buffer.reject(group_id)
+            self._staleness.finish_rejected()
+        else:
+            self._buffer.put(group)
+            self._staleness.finish_accepted()
 
     async def _episodes(self, row: dict[str, Any]) -> list[Trajectory]:
         """All samples of a prompt, or EpisodeDropped with the cause of the first that failed."""
@@ -241,7 +249,7 @@ class Runner:
         self.drops.add(cause, message)
         self._dropped_in_a_row += 1
         limit = max(100, 3 * self.config.rollout.max_concurrent_rollouts)
-        if self._dropped_in_a_row >= limit:
+        if self._dropped_in_a_row == limit:
             counts = ", ".join(f"{name} {n}" for name, n in self.drops.totals.items())
             raise RunnerError(f"{limit} prompts in a row gave no group (dropped: {counts}); the last one: {message}")
 

@@ -10,28 +10,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from areal.config import GenerationConfig, RolloutConfig
+from areal.inference.generate_protocol import PartialAnswer, ProtocolError, RequestRejected, sampling_params, take_answer
 from areal.inference.wire import HTTPStatusError, Wire, WireError
 from areal.types import ModelRequest, ModelResponse, StopReason
 
 _RETRY_FIRST, _RETRY_LAST, _RETRIES = 0.05, 1.0, 6
 _CONTROL_TIMEOUT = 10.0
+__all__ = ["ProtocolError", "RequestRejected", "RolloutClient", "Route", "ServerDied", "WeightUpdateError", "WeightsAck"]
+
 _SEED_STEP = 0x9E3779B97F4A7C15  # golden ratio: another seed for the rest of an answer, not the same random numbers again
 
 
 class ServerDied(RuntimeError):
     """A rollout server is gone and nothing replaced it in time; the message has its last log lines."""
-
-
-class RequestRejected(ValueError):
-    """The server refuses this request, whoever sends it: too long a prompt, a bad token id, a bad field."""
-
-
-class ProtocolError(RuntimeError):
-    """A server answered something that is not SGLang's protocol."""
 
 
 class WeightUpdateError(RuntimeError):
@@ -75,15 +70,6 @@ class Route:
     """Keeps the requests of one prompt on one server, where its prefix is cached."""
 
     server: _Server | None = None
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What has been generated so far, over all submissions."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
 
 class RolloutClient:
@@ -131,12 +117,12 @@ class RolloutClient:
         server.live = True
         self._notify()
 
-    def remove_server(self, url: str) -> None:
-        """Nothing is sent there any more; what waits for it goes to the others."""
+    def remove_server(self, url: str, reason: str = "") -> None:
+        """Nothing is sent there any more; what waits for it goes to the others. ``reason`` is told if none is left."""
         server = self._servers.pop(url, None)
         if server is not None:
             server.live = False
-            self._last_death = server.describe()
+            self._last_death = reason or server.describe()
             server.wire.close()
             self._notify()
 
@@ -203,18 +189,19 @@ class RolloutClient:
         """
         begin = time.monotonic()
         timeout = self.config.request_timeout
-        done = _Answer()
+        done = PartialAnswer()
         try:
             async with asyncio.timeout(timeout):
                 reason = await self._generate(request, sampling_seed, route, done)
         except TimeoutError:
             where = f" on {route.server.url}" if route is not None and route.server is not None else ""
             raise TimeoutError(
-                f"request {request.rid}{where} had no answer after {timeout:g} s (rollout.request_timeout); {len(done.tokens)} tokens were there"
+                f"request {request.rid}{where} had no answer after {timeout:g} s (rollout.request_timeout); "
+                f"{len(done.tokens)} tokens were there"
             ) from None
         return ModelResponse(list(request.input_ids), done.tokens, done.logprobs, done.versions, reason, time.monotonic() - begin)
 
-    async def _generate(self, request: ModelRequest, seed: int | None, route: Route | None, done: _Answer) -> StopReason:
+    async def _generate(self, request: ModelRequest, seed: int | None, route: Route | None, done: PartialAnswer) -> StopReason:
         failures, idle_aborts = 0, 0
         body: dict[str, Any] = {"rid": request.rid, "input_ids": request.input_ids, "return_logprob": True}
         while True:
@@ -239,7 +226,7 @@ class RolloutClient:
             finally:
                 server.outstanding -= 1
             n_before = len(done.tokens)
-            reason = _take(answer, version, done, server.url)
+            reason = take_answer(answer, version, done, server.url)
             if reason != "abort":
                 return reason
             if len(done.tokens) >= request.gconfig.max_new_tokens:
@@ -255,9 +242,7 @@ class RolloutClient:
         if server.process is not None and server.process.poll() is not None:
             self.remove_server(server.url)
         elif failures >= _RETRIES:
-            if server.process is None or isinstance(error, WireError):
-                self.remove_server(server.url)
-            raise ServerDied(f"{server.describe()} failed {failures} times in a row, the last time: {error}") from error
+            self.remove_server(server.url, f"{server.describe()} failed {failures} times in a row, the last time: {error}")
         else:
             await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * 2 ** (failures - 1)))
 
@@ -267,7 +252,7 @@ class RolloutClient:
         if known is None or known[0] is not gconfig:
             if len(self._sampling) > 256:
                 self._sampling.clear()
-            known = self._sampling[id(gconfig)] = (gconfig, _sglang_params(gconfig))
+            known = self._sampling[id(gconfig)] = (gconfig, sampling_params(gconfig))
         if seed is None and not n_done:
             return known[1]
         params = dict(known[1])
@@ -310,7 +295,7 @@ class RolloutClient:
             answer = await server.wire.call("POST", "/update_weights_from_shm", body, timeout=self.config.request_timeout)
         except TimeoutError:
             raise WeightUpdateError(
-                f"the controller waited {self.config.request_timeout:g} s for {server.url} to take version {version} (rollout.request_timeout)"
+                f"the controller waited {self.config.request_timeout:g} s (rollout.request_timeout) for {server.url} to take version {version}"
             ) from None
         except HTTPStatusError as error:
             raise WeightUpdateError(f"{server.url} refused version {version}: {error.text}") from error
@@ -364,43 +349,3 @@ class RolloutClient:
                 raise answer
             found[server.url] = answer
         return found
-
-
-def _sglang_params(gconfig: GenerationConfig) -> dict[str, Any]:
-    params: dict[str, Any] = {"max_new_tokens": gconfig.max_new_tokens, "temperature": gconfig.temperature}
-    if gconfig.min_new_tokens:
-        params["min_new_tokens"] = gconfig.min_new_tokens
-    if gconfig.top_p < 1.0:
-        params["top_p"] = gconfig.top_p
-    if gconfig.top_k:
-        params["top_k"] = gconfig.top_k
-    if gconfig.stop:
-        params["stop"] = gconfig.stop
-    if gconfig.stop_token_ids:
-        params["stop_token_ids"] = gconfig.stop_token_ids
-    if gconfig.ignore_eos:
-        params["ignore_eos"] = True
-    return params
-
-
-def _take(answer: Any, sent_version: int, done: _Answer, url: str) -> StopReason:
-    """Appends an answer's tokens to ``done``. A server that stamps no versions gets the one it had when the request was sent."""
-    try:
-        meta = answer["meta_info"]
-        tokens = answer["output_ids"]
-        logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
-        versions = meta.get("output_token_versions") or [sent_version] * len(tokens)
-        finish = meta["finish_reason"]
-        reason = finish["type"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ProtocolError(f"{url} gave an answer that is not of the /generate protocol ({type(error).__name__}: {error})") from error
-    if reason == "abort" and finish.get("status_code") not in (None, 500, 503):
-        raise RequestRejected(f"{url} refused the request: {finish.get('message', finish)}")
-    if not len(tokens) == len(logprobs) == len(versions):
-        raise ProtocolError(f"{url} gave {len(tokens)} tokens with {len(logprobs)} log-probs and {len(versions)} versions")
-    done.tokens += tokens
-    done.logprobs += logprobs
-    done.versions += versions
-    if reason not in ("stop", "length", "abort"):
-        raise ProtocolError(f"{url} gave the unknown finish reason {reason!r}")
-    return reason

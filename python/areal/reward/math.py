@@ -33,7 +33,7 @@ def math_equal(prediction: str, reference: str) -> bool:
     return bool(verify(gold_expressions, found, timeout_seconds=_PARSE_SECONDS))
 
 
-def gsm8k_reward(
+def math_reward(
     prompt: str,
     completions: str,
     prompt_ids: list[int],
@@ -41,7 +41,7 @@ def gsm8k_reward(
     answer: str | float | None = None,
     **row: Any,
 ) -> float:
-    """1.0 when the final answer of ``completions`` equals the row's ``answer`` (a GSM8K solution or just its number), else 0.0.
+    """1.0 when the final answer of ``completions`` equals the row's ``answer`` (a number, an expression, or a GSM8K solution), else 0.0.
 
     Raises:
         ValueError: the row has no answer: that is a fault of the data, not of the model.
@@ -51,4 +51,4 @@ def gsm8k_reward(
     return float(math_equal(str(completions), str(answer)))
 
 
-gsm8k_reward_fn = gsm8k_reward  # AReaL's name
+gsm8k_reward_fn = math_reward  # AReaL's name

@@ -10,6 +10,7 @@ else), and it cannot tell which of several calls sent together hung or killed th
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import pickle
@@ -107,7 +108,7 @@ class RewardService:
                 self._spans.append([now, now])
         try:
             seconds = self.timeout if timeout is None else timeout
-            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+            if is_async(function):
                 return await _score_on_loop(function, args, kwargs, seconds)
             return await self._score_in_worker(function, args, kwargs, seconds)
         finally:
@@ -226,6 +227,11 @@ def shared_service() -> RewardService:
         service._loop = loop
         _SERVICES[loop] = service
     return service
+
+
+@functools.lru_cache(maxsize=64)  # inspect takes longer than sending the call
+def is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 async def _score_on_loop(

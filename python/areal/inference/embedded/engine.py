@@ -117,6 +117,7 @@ class EmbeddedEngine:
         if request.params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this model directory has not; use stop_token_ids")
 
+    @torch.inference_mode()
     def abort(self, rid: str | None) -> int:
         """Ends the requests of this id (None: all); what they have so far comes out of the next ``step``. Returns how many."""
         reason = {"type": "abort", "message": "Aborted by request."}
