@@ -19,7 +19,7 @@ _PARTIAL = ".partial"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that could not be written; nothing of it is left on the disk."""
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -97,14 +96,14 @@ class TrainEngine:
         self.model.to(self.device)
         self._chunk_tokens = max(256, _LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
         self._nonfinite_in_a_row = 0
-        self.use_optimizer(config.optimizer)
+        self.set_optimizer(config.optimizer)
 
     def _checkpoint_layers(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in decoder_layers(self.model):
             layer.training = True  # the layer itself asks for it; what is inside (dropout) stays in eval mode
 
-    def use_optimizer(self, config: OptimizerConfig) -> None:
+    def set_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer; its state and the count of its steps start again."""
         self._optimizer = PolicyOptimizer(self.model, config)
         self._optimizer_config = config
@@ -118,9 +117,9 @@ class TrainEngine:
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
         are those of its training forward; only the others are computed beforehand. Returns statistics over all ranks: loss, n_tokens,
         clip_fraction, dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy,
-        kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift_mean, logprob_drift_max (of tokens
-        that this version sampled: engine against trainer, None without such tokens), logprob_drift_n, and this rank's spans
-        [[kind, start, end]] in seconds since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
+        kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine against
+        trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in seconds
+        since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
         stats = StepStats(self.device)
         begin = time.time()
@@ -145,7 +144,7 @@ class TrainEngine:
         return self._finish(stats, lr_scale, len(minibatches))
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
-        """One supervised step on the loss tokens, at temperature 1. Returns loss, n_tokens, grad_norm, entropy, skipped_nonfinite, spans..."""
+        """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
         stats = StepStats(self.device)
         begin = time.time()
         for microbatch in minibatch.microbatches:
@@ -234,7 +233,7 @@ class TrainEngine:
         if self._nonfinite_in_a_row > self.config.max_nonfinite_steps:
             raise NonFiniteGradients(
                 f"{self._nonfinite_in_a_row} optimizer steps in a row had gradients that are not finite (actor.max_nonfinite_steps="
-                f"{self.config.max_nonfinite_steps}); lower actor.optimizer.lr, or look at the rewards and at logprob_drift in metrics.jsonl"
+                f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl"
             )
         return {**stats.result(self.world_size, n_minibatches), "lr_scale": lr_scale, "version": self.version}
 

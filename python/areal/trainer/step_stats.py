@@ -72,8 +72,10 @@ class StepStats:
             **{name: total[key] / n_tokens if n_tokens else None for name, key in _MEANS.items() if key in total},
             "grad_norm": sum(self._norms) / len(self._norms) if self._norms else None,
             "skipped_nonfinite": self._skipped,
-            "logprob_drift_mean": drift_sum / drift_n if drift_n else None,
-            "logprob_drift_max": float(drift_max) if drift_n else None,
-            "logprob_drift_n": int(drift_n),
+            "logprob_drift": {
+                "mean_abs": drift_sum / drift_n if drift_n else None,
+                "max_abs": float(drift_max) if drift_n else None,
+                "n": int(drift_n),
+            },
             "spans": [list(span) for span in self._spans],
         }
