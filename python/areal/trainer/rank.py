@@ -1,0 +1,139 @@
+"""The process of one trainer rank: ``python -m areal.trainer.rank --fd N``, started by ``TrainerHandle``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from areal.config import GRPOConfig, OptimizerConfig
+from areal.launcher.local import die_with_parent
+from areal.trainer.rpc import Failure, Server
+from areal.types import Microbatch
+
+log = logging.getLogger("areal.trainer")
+
+
+class Rank:
+    """What the controller calls; every method named ``rpc_...`` is one call."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._publisher: Any = None
+        self._writer: Any = None
+
+    def rpc_init(self, config: GRPOConfig, model_folder: Path, rank: int, world_size: int, rendezvous: str, shm_name: str) -> None:
+        import torch
+
+        from areal.trainer.checkpoint import CheckpointWriter
+        from areal.trainer.engine import TrainEngine
+
+        actor = config.actor
+        torch.set_num_threads(actor.threads)
+        device = _device(actor.device, rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if world_size > 1 or actor.dtype != "float32":
+            torch.distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method=f"file://{rendezvous}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=actor.step_timeout),
+            )
+        self._engine = TrainEngine(
+            model_folder, actor, temperature=config.gconfig.temperature, rank=rank, world_size=world_size, device=device
+        )
+        self._is_first = rank == 0
+        if rank == 0:
+            from areal.weight_sync.shm import ShmPublisher
+
+            self._publisher = ShmPublisher(shm_name, self._engine.manifest())
+            self._writer = CheckpointWriter(self._engine.template, model_folder, self._saved)
+        n = sum(p.numel() for p in self._engine.model.parameters())
+        log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
+
+    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+        from areal.trainer.engine import RankMinibatch
+
+        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        return stats if self._is_first else None
+
+    def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
+        from areal.trainer.engine import RankMinibatch
+
+        stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        return stats if self._is_first else None
+
+    def rpc_set_optimizer(self, config: OptimizerConfig) -> None:
+        self._engine.set_optimizer(config)
+
+    def rpc_publish(self, version: int) -> int | None:
+        weights = self._engine.weights()
+        self._engine.version = version
+        return None if weights is None else self._publisher.publish(weights, version)
+
+    def rpc_save(self, folder: Path) -> None:
+        weights = self._engine.snapshot()
+        if weights is not None:
+            self._writer.start(folder, weights)
+
+    def _saved(self, folder: Path, error: str | None, begin: float, end: float) -> None:
+        if error is not None:
+            log.error("%s", error)
+        try:
+            self._server.event("saved", {"folder": str(folder), "error": error, "begin": begin, "end": end})
+        except OSError:
+            pass  # the controller is gone; the main thread ends this process
+
+    def rpc_close(self) -> None:
+        import torch.distributed as dist
+
+        if self._writer is not None:
+            self._writer.wait()
+        if self._publisher is not None:
+            self._publisher.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(name: str, rank: int) -> Any:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``: rank r is on the r-th device from there."""
+    import torch
+
+    kind, _, first = name.partition(":")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(first or 0) + rank)
+
+
+def _describe(error: Exception) -> Failure:
+    text = traceback.format_exc()
+    log.error("%s", text)
+    message = str(error) if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith("areal.") else repr(error)
+    return Failure(message, text)
+
+
+def main() -> None:
+    die_with_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True, help="the connection to the controller")
+    arguments = parser.parse_args()
+    os.set_inheritable(arguments.fd, False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    server = Server(arguments.fd)
+    server.serve(Rank(server), _describe)
+    # Not sys.exit: a background thread or a collective that hangs must not keep a rank alive whose controller is gone.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

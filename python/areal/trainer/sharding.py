@@ -1,0 +1,62 @@
+"""FSDP2: parameters cut over the ranks, layer by layer, gradients summed."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from areal.models.heads import packed_logprobs
+from areal.models.loading import decoder_layers
+
+
+def add_packed_logprobs(model: PreTrainedModel) -> None:
+    """Makes ``packed_logprobs`` a method: FSDP unshards the root, which owns embedding, norm and head, around methods only."""
+    model.packed_logprobs = types.MethodType(packed_logprobs, model)
+
+
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shards in place; ``model`` holds float32 master weights, products run in ``dtype``, gradients are summed in float32.
+
+    Tied weights lie in one unit, the root, because only the layers are units of their own; a layer that shares a parameter with
+    anything outside of it would be untied silently, so that is a ``ValueError``.
+    """
+    layers = decoder_layers(model)
+    _check_ties(model)
+    # cast_forward_inputs would turn whatever float tensor is handed in into bfloat16.
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
+    register_fsdp_forward_method(model, "packed_logprobs")
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    owners: dict[int, int] = {}
+    inside = set()
+    for index, layer in enumerate(decoder_layers(model)):
+        inside.update(id(module) for module in layer.modules())
+        for name, parameter in layer.named_parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise ValueError(f"{type(model).__name__}: layers {owners[id(parameter)]} and {index} share '{name}'; train on one rank")
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(module) not in inside and id(parameter) in owners:
+                raise ValueError(f"{type(model).__name__}: '{name}' is shared with layer {owners[id(parameter)]}; train on one rank")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor: a collective that every rank must take part in."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

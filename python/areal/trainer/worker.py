@@ -1,0 +1,187 @@
+"""The trainer's ranks as processes, and ``TrainerHandle``, by which the controller calls all of them as one.
+
+Every call goes to all ranks in the same order, because the ranks meet in collectives. When one rank dies or fails, the others would
+wait for it there: they are killed at once, and the call raises with the name and the last log lines of the one that went first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from areal.config import GRPOConfig, OptimizerConfig
+from areal.config_check import parse_backend
+from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
+from areal.types import Minibatch, TrainBatch
+
+__all__ = ["CheckpointFailed", "TrainerHandle", "WorkerDied", "WorkerFailed", "WorkerTimeout"]
+
+_PUBLISH_TIMEOUT = 300.0
+_SAVE_TIMEOUT = 3600.0
+
+
+class CheckpointFailed(OSError):
+    """A checkpoint could not be written; training goes on."""
+
+
+class TrainerHandle:
+    """All ranks of the trainer. ``await TrainerHandle.start(...)``; methods may be called from one event loop only."""
+
+    def __init__(self, config: GRPOConfig, run_folder: Path) -> None:
+        self.world_size = parse_backend("actor.backend", config.actor.backend, "fsdp")
+        self.shm_name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        """The shared memory segment that ``publish`` writes to."""
+        self._config = config
+        self._run_folder = run_folder
+        self._order = asyncio.Lock()
+        self._links: list[Link] = []
+        self._saves: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="areal-")
+
+    @classmethod
+    async def start(cls, config: GRPOConfig, model_folder: Path, run_folder: Path) -> Self:
+        """Starts the ranks of ``actor.backend`` on the model of ``model_folder``; their logs go to ``run_folder/logs``."""
+        self = cls(config, run_folder)
+        try:
+            for rank in range(self.world_size):
+                self._links.append(self._start_rank(rank))
+            arguments = {
+                "config": config,
+                "model_folder": model_folder,
+                "world_size": self.world_size,
+                "rendezvous": str(Path(self._rendezvous.name) / "store"),
+                "shm_name": self.shm_name,
+            }
+            await self._call_all("init", config.actor.step_timeout, lambda rank: {**arguments, "rank": rank})
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    def _start_rank(self, rank: int) -> Link:
+        threads = str(self._config.actor.threads)
+        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if sys.platform == "linux":
+            env.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))  # all ranks are on this machine
+        name = f"trainer {rank}"
+        return Link(name, ["-m", "areal.trainer.rank"], self._run_folder / "logs" / f"trainer-{rank}.log", env, self._on_event)
+
+    # -- calls ------------------------------------------------------------------------------------------------------------------
+
+    async def train_step(self, batch: TrainBatch) -> dict[str, Any]:
+        """One PPO step; the statistics of ``TrainEngine.train_step``."""
+
+        def part(rank: int) -> dict[str, Any]:
+            return {"minibatches": [(minibatch.ranks[rank], minibatch.denominator) for minibatch in batch.minibatches]}
+
+        return await self._call_all("train_step", self._config.actor.step_timeout, part)
+
+    async def sft_step(self, minibatch: Minibatch, lr_scale: float = 1.0) -> dict[str, Any]:
+        """One supervised step at ``lr_scale`` times the configured rates; the statistics of ``TrainEngine.sft_step``."""
+
+        def part(rank: int) -> dict[str, Any]:
+            return {"minibatch": (minibatch.ranks[rank], minibatch.denominator), "lr_scale": lr_scale}
+
+        return await self._call_all("sft_step", self._config.actor.step_timeout, part)
+
+    async def set_optimizer(self, config: OptimizerConfig) -> None:
+        """A new optimizer with empty state."""
+        await self._call_all("set_optimizer", _PUBLISH_TIMEOUT, lambda rank: {"config": config})
+
+    async def publish(self, version: int) -> tuple[int, int]:
+        """Writes the weights, as policy ``version``, to the shared memory segment; returns (version, hash). Waits for no reader."""
+        return version, await self._call_all("publish", _PUBLISH_TIMEOUT, lambda rank: {"version": version})
+
+    async def save(self, folder: Path) -> dict[str, Any]:
+        """Writes a Hugging Face checkpoint; returns {"spans": [["checkpoint", start, end]]} when it is whole.
+
+        The weights are those of the moment of the call; other calls go on while the files are written. ``CheckpointFailed``.
+        """
+        key = str(folder)
+        if key in self._saves:
+            raise ValueError(f"the checkpoint {folder} is already being written")
+        done = self._saves[key] = asyncio.get_running_loop().create_future()
+        try:
+            await self._call_all("save", _SAVE_TIMEOUT, lambda rank: {"folder": folder})
+            return await self._wait_for_save(done, folder)
+        finally:
+            del self._saves[key]
+
+    async def _wait_for_save(self, done: asyncio.Future[dict[str, Any]], folder: Path) -> dict[str, Any]:
+        dying = asyncio.create_task(self._links[0].died())
+        try:
+            await asyncio.wait({done, dying}, timeout=_SAVE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            dying.cancel()
+        if not done.done():
+            if self._links[0].process.poll() is not None:
+                raise await self._links[0].died()
+            raise WorkerTimeout(f"the controller waited {_SAVE_TIMEOUT:g} s for trainer 0 to write the checkpoint {folder}")
+        result = done.result()
+        if result["error"] is not None:
+            raise CheckpointFailed(result["error"])
+        return {"spans": [["checkpoint", result["begin"], result["end"]]]}
+
+    async def died(self) -> WorkerDied:
+        """Returns when a rank has died, with what to say about it; for a task that watches beside the loop."""
+        watching = [asyncio.create_task(link.died()) for link in self._links]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            return next(iter(done)).result()
+        finally:
+            for task in watching:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Ends the ranks, after checkpoints that are being written. May be called twice."""
+        grace = _SAVE_TIMEOUT if self._saves else 20.0
+        await asyncio.gather(*(link.close(grace) for link in self._links))
+        self._links = []
+        from areal.weight_sync.shm import unlink_stale
+
+        unlink_stale(self.shm_name)
+        self._rendezvous.cleanup()
+
+    def _on_event(self, name: str, payload: Any) -> None:
+        assert name == "saved"
+        if (future := self._saves.get(payload["folder"])) is not None and not future.done():
+            future.set_result(payload)
+
+    async def _call_all(self, method: str, timeout: float, arguments: Callable[[int], dict[str, Any]]) -> Any:
+        """Calls every rank and returns what rank 0 answers. After an error no rank is left alive."""
+        async with self._order:
+            if not self._links:
+                raise RuntimeError(f"the trainer was closed; '{method}' cannot be called any more")
+            tasks = [asyncio.create_task(link.call(method, timeout, **arguments(rank))) for rank, link in enumerate(self._links)]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                errors = [error for t in tasks if t.done() and (error := t.exception()) is not None]
+                if errors:
+                    raise await self._explain(errors)
+                return tasks[0].result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _explain(self, errors: list[BaseException]) -> BaseException:
+        """Kills all ranks; a death is the reason for the collectives that failed elsewhere, perhaps a moment before it was seen."""
+        died = next((e for e in errors if isinstance(e, WorkerDied)), None)
+        if died is None and len(self._links) > 1:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    died = await self.died()
+        self._kill()
+        failed = next((e for e in errors if isinstance(e, WorkerFailed)), None)
+        return died or failed or errors[0]
+
+    def _kill(self) -> None:
+        for link in self._links:
+            if link.process.poll() is None:
+                link.process.kill()
