@@ -63,8 +63,6 @@ def _release(version: str) -> tuple[int, int]:
 
 def check_python() -> Finding:
     text = f"{platform.python_version()} at {sys.executable}, {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return Finding("python", "problem", text, "areal needs Python 3.11 or newer")
     return Finding("python", "ok", text)
 
 
