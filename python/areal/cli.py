@@ -75,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--config", metavar="FILE", help="data set and sampling; default: the config of the run that MODEL belongs to")
 
-    commands.add_parser("doctor", help="what this machine has, and what to do about what is missing", description="Check this machine.")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has, and what to do about what is missing", description="Check this machine."
+    )
+    doctor.add_argument("--json", action="store_true", help="for scripts")
 
     report = commands.add_parser(
         "report", help="draw a run: reward, length, staleness, speed, timeline", description="Draw a run as PNG; prints the paths."
@@ -102,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -114,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except Exception as error:  # the process boundary: every error ends here as a sentence, or with its traceback if unforeseen
         return _report_failure(error)
+
+
+def _log_warnings() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -128,6 +134,7 @@ def _train(args: argparse.Namespace) -> int:
         print(dump_yaml(config), end="")
         return 0
     check_machine(config)
+    _log_warnings()
     from areal.controller import run_train
 
     run_folder = run_train(config)
@@ -145,10 +152,16 @@ def _serve(args: argparse.Namespace) -> int:
     check_model_dir("MODEL", args.model)
     check_device("--device", args.device)
     from areal.inference.embedded.server import main as serve
+    from areal.launcher.gpus import count_gpus
+    from areal.launcher.local import free_port
+
+    if args.device == "auto":
+        args.device = "cuda:0" if count_gpus() else "cpu"
+    args.port = args.port or free_port()
 
     options = ["model", "host", "port", "device", "dtype", "max_running_requests", "max_context", "threads", "update_mode"]
     words = [word for name in options for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
-    return serve([*words, *(["--deterministic"] if args.deterministic else [])]) or 0
+    return serve([*words, *(["--deterministic"] if args.deterministic else [])])
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -166,6 +179,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
     config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"])
     check_machine(config)
+    _log_warnings()
     from areal.evaluation import run_eval
 
     print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))
@@ -175,7 +189,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from areal.doctor import run_doctor
 
-    return run_doctor()
+    return run_doctor(as_json=args.json)
 
 
 def _report(args: argparse.Namespace) -> int:

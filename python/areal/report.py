@@ -246,6 +246,11 @@ def _curve(axes: Axes, run: Run, key: str, color: str, label: str, scale: float 
     return True
 
 
+def _legend(axes: Axes, **options: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**options)
+
+
 def _reward(axes: Axes, run: Run) -> None:
     reward, accuracy = run.column("reward"), run.column("accuracy")
     if np.allclose(reward, accuracy, equal_nan=True):
@@ -257,7 +262,7 @@ def _reward(axes: Axes, run: Run) -> None:
         axes.set_title("Reward")
         _curve(axes, run, "reward", BLUE, "training batches")
         _held_out(axes, run, "reward", "{:.2f}")
-    axes.legend(loc="lower right")
+    _legend(axes, loc="lower right")
 
 
 def _length(axes: Axes, run: Run) -> None:
@@ -266,7 +271,7 @@ def _length(axes: Axes, run: Run) -> None:
     axes.plot(run.column("step"), run.column("length_max"), color=GREY, linewidth=0.9, label="longest")
     _held_out(axes, run, "length", "{:.0f}")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right")
+    _legend(axes, loc="lower right")
 
 
 def _held_out(axes: Axes, run: Run, key: str, form: str) -> None:
@@ -286,12 +291,12 @@ def _staleness(axes: Axes, run: Run) -> None:
     _curve(axes, run, "staleness_mean", BLUE, "mean")
     axes.plot(run.column("step"), run.column("staleness_max"), "o", color=ORANGE, markersize=3, label="oldest token")
     eta = run.setting("rollout", "max_head_offpolicyness")
-    top = np.nanmax(np.append(run.column("staleness_max"), eta if eta is not None else 0))
+    top = np.nanmax(np.append(run.column("staleness_max"), eta or 0))
     if eta is not None:
         axes.axhline(eta, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"bound (eta = {eta})")
     axes.set_ylim(-0.08 * max(1, top), 1.45 * max(1, top))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper right", ncols=3, columnspacing=1.2, handlelength=1.5)
+    _legend(axes, loc="upper right", ncols=3, columnspacing=1.2, handlelength=1.5)
 
 
 def _speed(axes: Axes, run: Run) -> None:
@@ -300,7 +305,7 @@ def _speed(axes: Axes, run: Run) -> None:
     _curve(axes, run, "train_tokens_per_s", ORANGE, "trained on")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right", ncols=2)
+    _legend(axes, loc="lower right", ncols=2)
 
 
 def _busy(axes: Axes, run: Run) -> None:
@@ -309,7 +314,7 @@ def _busy(axes: Axes, run: Run) -> None:
     _curve(axes, run, "trainer_busy", ORANGE, "trainer")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, 1.05)
-    axes.legend(loc="lower right", ncols=2)
+    _legend(axes, loc="lower right", ncols=2)
 
 
 def _drift(axes: Axes, run: Run) -> None:
@@ -332,4 +337,4 @@ def _drift(axes: Axes, run: Run) -> None:
         axes.axhline(bound, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"bound {bound:g}")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 3, high * 12)
-    axes.legend(loc="upper right", ncols=3, columnspacing=1.2, handlelength=1.5)
+    _legend(axes, loc="upper right", ncols=3, columnspacing=1.2, handlelength=1.5)

@@ -86,7 +86,6 @@ async def serve(args: argparse.Namespace, engine: EmbeddedEngine) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    die_with_parent()
     try:
         engine = build_engine(args)
     except (ValueError, OSError) as error:
@@ -97,4 +96,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()  # not in main: `areal serve` may outlive the shell that started it
     sys.exit(main())
