@@ -180,7 +180,7 @@ def _eval(args: argparse.Namespace) -> int:
     config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"])
     check_machine(config)
     _log_warnings()
-    from areal.evaluation import run_eval
+    from areal.eval_command import run_eval
 
     print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))
     return 0

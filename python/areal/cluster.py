@@ -13,7 +13,7 @@ from typing import Any
 from areal.config import GRPOConfig
 from areal.data import PromptDataset, load_dataset
 from areal.display import Display
-from areal.evaluation import Evaluation, SampleAnswer, evaluate
+from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightsAck
 from areal.inference.servers import RolloutServer, n_servers, start_server
 from areal.metrics import EngineMeter, RunTotals, StepClock
@@ -63,7 +63,7 @@ class Cluster:
         config = self.config
         train, valid = self._given
         self.train_dataset = load_dataset(config.train_dataset, config.seed, "train") if train is None else _as_dataset(train, config.seed)
-        self.valid_rows = _valid_rows(config, valid)
+        self.valid_rows = held_out_rows(config, valid)
         self.run_folder = create_run_folder(config)
         self.model_folder = prepare_model(config, self.run_folder)
         self.tokenizer = load_tokenizer(self.model_folder)
@@ -230,11 +230,3 @@ class Cluster:
 
 def _as_dataset(rows: Any, seed: int) -> Any:
     return rows if hasattr(rows, "__next__") else PromptDataset(rows, seed=seed)
-
-
-def _valid_rows(config: GRPOConfig, given: Any) -> list[dict[str, Any]]:
-    n = config.evaluator.n_prompts
-    if given is not None:
-        return (given if isinstance(given, PromptDataset) else PromptDataset(given, name="valid_dataset")).first(n)
-    source = config.valid_dataset or (config.train_dataset if config.train_dataset.type == "arithmetic" else None)
-    return load_dataset(source, config.seed, "valid").first(n) if source is not None and n else []

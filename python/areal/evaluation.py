@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from areal.config import GRPOConfig
+from areal.data import PromptDataset, load_dataset
 from areal.inference.client import RolloutClient, Route
 from areal.runner import run_episode
 from areal.types import Trajectory
@@ -39,6 +41,15 @@ class Evaluation:
     n_scored: int
     failures: dict[str, int] = field(default_factory=dict)
     samples: list[SampleAnswer] = field(default_factory=list)
+
+
+def held_out_rows(config: GRPOConfig, given: Any = None) -> list[dict[str, Any]]:
+    """The prompts of every evaluation of a run, ``evaluator.n_prompts`` at most; none when the config names no held-out data."""
+    n = config.evaluator.n_prompts
+    if given is not None:
+        return (given if isinstance(given, PromptDataset) else PromptDataset(given, name="valid_dataset")).first(n)
+    source = config.valid_dataset or (config.train_dataset if config.train_dataset.type == "arithmetic" else None)
+    return load_dataset(source, config.seed, "valid").first(n) if source is not None and n else []
 
 
 async def evaluate(

@@ -1,0 +1,126 @@
+"""``areal eval`` and ``areal serve`` on a real, tiny, untrained model: real processes, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from areal.cli import main
+from areal.config import ConfigError
+from areal.config_load import build_config, dump_yaml
+from areal.eval_command import run_eval
+from areal.launcher.local import free_port
+from areal.models.loading import create_model
+from areal.tasks.arithmetic import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with its config and one checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = build_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    special = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    model = create_model({"model_type": "qwen2", "max_position_embeddings": 64, **sizes, **special}, seed=0, dtype=torch.float32)
+    checkpoint = folder / "checkpoints" / "final"
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    tree = {
+        "gconfig": {"n_samples": 4, "max_new_tokens": 16},
+        "actor": {"init_from_scratch": {"model_type": "qwen2"}, "device": "cpu"},
+        "rollout": {"device": "cpu", "startup_timeout": 100},
+        "train_dataset": {"type": "arithmetic", "max_prompt_len": 40},
+        "evaluator": {"n_prompts": 24},
+    }
+    (folder / "config.yaml").write_text(dump_yaml(build_config(tree)))
+    return folder
+
+
+def children_of(folder: Path) -> list[int]:
+    """Processes that still name the folder on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # ended meanwhile
+        if "areal.inference.embedded.server" in words and any(str(folder) in word for word in words):
+            found.append(int(process.name))
+    return found
+
+
+def test_checkpoint_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The config is found above the checkpoint; what is printed is JSON."""
+    assert main(["eval", str(run_folder / "checkpoints" / "final"), "evaluator.n_prompts=20"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert result["n_scored"] == 20 and result["failures"] == {}
+    assert 0 <= result["accuracy"] <= 1 and 0 < result["length"] <= 16
+    assert set(result["samples"][0]) == {"prompt", "answer", "reward"}
+    assert children_of(run_folder) == []
+
+
+def test_nothing_to_evaluate_on(run_folder: Path) -> None:
+    tree = {"actor": {"path": str(run_folder)}, "train_dataset": {"type": "arithmetic"}, "evaluator": {"n_prompts": 0}}
+    with pytest.raises(ConfigError, match=r"no held-out prompts .*set valid_dataset"):
+        run_eval(build_config(tree))
+
+
+def test_server_that_cannot_start_is_a_sentence(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 64}')
+    assert main(["eval", str(broken), "--config", str(run_folder / "config.yaml")]) == 1
+    error = capsys.readouterr().err
+    assert "error: a rollout server died while starting: rollout 0" in error
+    assert "Traceback" not in error.partition("its log")[0]
+
+
+def test_serve_answers_and_ends_on_ctrl_c(run_folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    words = ["serve", str(run_folder / "checkpoints" / "final"), "--port", str(port), "--threads", "1", "--device", "cpu"]
+    log_path = tmp_path / "log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "areal", *words], stdout=log, stderr=log, env=environment)
+    try:
+        ask(f"http://127.0.0.1:{port}/health", None, process, log_path)
+        body = {"text": "a7b*8=", "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+        answer = json.loads(ask(f"http://127.0.0.1:{port}/generate", body, process, log_path))
+        assert len(answer["output_ids"]) == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(url: str, body: dict[str, Any] | None, process: subprocess.Popen[bytes], log: Path) -> bytes:
+    """GET or POST, as soon as the server listens."""
+    deadline = time.monotonic() + 90
+    data = None if body is None else json.dumps(body).encode()
+    while True:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=20) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{url}: {error.code} {error.read()!r}")
+        except urllib.error.URLError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
