@@ -182,10 +182,8 @@ class Cluster:
             begin = time.time()
             result = await evaluate(self.client, workflow, self.valid_rows, seed=self.config.seed, tokenizer=self.tokenizer)
             self.stats.span("controller", "evaluation", begin, time.time())
-        row = asdict(result) | {"when": when, "step": self.client.acked_version}
-        del row["samples"]
         self.display.evaluation(when, result)
-        self.stats.evaluation(row)
+        self.stats.evaluation(when, result)
         return result
 
     async def save(self, name: str) -> None:
@@ -224,7 +222,7 @@ class Cluster:
         self.display.step(row)
 
     def finish(self, totals: RunTotals, samples: Sequence[SampleAnswer]) -> None:
-        self.stats.write_summary(totals)
+        self.stats.summary(asdict(totals))
         self.display.finish(totals, samples)
 
 
