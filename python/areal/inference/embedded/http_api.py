@@ -21,7 +21,7 @@ from areal.inference.embedded.protocol import GenerateCall, answer_json, parse_g
 from areal.inference.embedded.request import RequestError
 from areal.models.loading import load_model
 from areal.ops.weights_hash import weights_hash
-from areal.weight_sync.shm import ShmReader
+from areal.weight_sync.shm import ShmReader, WeightSyncError
 
 _SHM_TIMEOUT = 30.0
 """Seconds that an update waits for the version it was told about."""
@@ -178,13 +178,29 @@ class EngineServer:
         if not isinstance(name, str) or not isinstance(version, int):
             return failure("give name, the shared memory's, and version, the oldest one to be taken")
 
-        def load(parameters: Mapping[str, Tensor]) -> int:
-            if name not in self._readers:
-                self._readers[name] = ShmReader(name)
-            return self._readers[name].read_into(parameters, version, _SHM_TIMEOUT)[0]
+        def fetch() -> tuple[ShmReader, int]:
+            reader = self._readers.get(name)
+            if reader is None:
+                reader = self._readers[name] = ShmReader(name)
+            return reader, reader.fetch(version, _SHM_TIMEOUT)[0]
 
         async with self._update_lock:
+            try:
+                reader, found = await asyncio.to_thread(fetch)  # beside generation; only the copy into the parameters interrupts it
+            except (ValueError, OSError, WeightSyncError) as error:
+                self._forget_reader(name)
+                return failure(f"the weights were not updated: {error}")
+
+            def load(parameters: Mapping[str, Tensor]) -> int:
+                reader.apply(parameters)
+                return found
+
             return await self._update(load, body, None)
+
+    def _forget_reader(self, name: str) -> None:
+        """The next update opens the segment anew: another publisher may have the name by then."""
+        if (reader := self._readers.pop(name, None)) is not None:
+            reader.close()
 
     async def _update(self, load: Callable[[Mapping[str, Tensor]], int], body: dict[str, Any], label: str | None) -> web.Response:
         mode = body.get("mode")
@@ -202,7 +218,7 @@ class EngineServer:
 
         try:
             version, self._hash = await self._thread.call(update)
-        except (ValueError, OSError, TimeoutError) as error:
+        except (ValueError, OSError) as error:
             return failure(f"the weights were not updated: {error}")
         self._weight_version = label or str(version)
         message = f"Weights updated to version {version}."
