@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from areal.config import ActorConfig, ConfigError, DatasetConfig, GRPOConfig, SFTConfig
+from areal.config_load import load_expr_config
 from areal.data import PromptDataset, load_dataset
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
-from areal.sft import RateSchedule, SupervisedRun, check_rows
+from areal.sft import RateSchedule, SFTTrainer, SupervisedRun, check_rows
 from areal.tasks.arithmetic import build_tokenizer
 
 
@@ -175,3 +178,40 @@ def test_check_prompts_end_with_the_forced_prefix(tokenizer):
     assert [text[:-1] for text in texts] == [row["prompt"] for row in train.first(7)]
     assert all(text.endswith("=a") for text in texts) and all("prompt" not in row and "answer" in row for row in rows)
     assert np.all([isinstance(token, int) for row in rows for token in row["input_ids"]])
+
+
+def real_config(tmp_path, **warmup):
+    """A small instance of the demo, with real processes."""
+    path = Path(__file__).parents[1] / "examples" / "arithmetic.yaml"
+    config, _ = load_expr_config([str(path), f"stats_logger.fileroot={tmp_path}", "stats_logger.tensorboard=false"])
+    return config.new(warmup=config.warmup.new(**warmup))
+
+
+def test_sft_trainer_learns_and_leaves_a_hugging_face_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = real_config(tmp_path, total_steps=30, stop_at_accuracy=None)
+    with SFTTrainer(config) as trainer:
+        result = trainer.train()
+    rows = [json.loads(line) for line in (trainer.run_folder / "warmup.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert len(losses) == result.steps == 30
+    assert losses[0] == pytest.approx(np.log(44), abs=0.3)  # every token as likely as any other
+    assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+    final = trainer.run_folder / "checkpoints" / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    sample = load_demonstrations(config, tokenizer).next()
+    ids = torch.from_numpy(sample.input_ids)
+    labels = torch.where(torch.from_numpy(sample.loss_mask), ids, -100)
+    with torch.no_grad():
+        loss = float(model(input_ids=ids[None], labels=labels[None]).loss)
+    assert loss < 0.6 * losses[0]
+
+
+def test_accuracy_is_checked_on_a_real_rollout_server(tmp_path):
+    config = real_config(tmp_path, total_steps=8, eval_every=3, eval_samples=16, stop_at_accuracy=0.99)
+    with SFTTrainer(config) as trainer:
+        result = trainer.train()
+    assert result.steps == 8 and not result.reached
+    assert result.accuracy is not None and result.accuracy < 0.99
