@@ -210,6 +210,25 @@ def test_children_of_a_hung_reward_die_with_it() -> None:
     asyncio.run(main())
 
 
+def test_time_to_import_the_functions_module_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text(
+        "import os, time\nif os.getpid() != PARENT: time.sleep(1.0)\ndef reward(*args):\n    time.sleep(args[0])\n    return 2.0\n".replace(
+            "PARENT", str(os.getpid())
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import slow_to_import  # type: ignore[import-not-found]
+
+    async def main() -> None:
+        async with RewardService(timeout=0.5):
+            wrapper = AsyncRewardWrapper(slow_to_import.reward)
+            assert await asyncio.gather(wrapper(0), wrapper(0)) == [2.0, 2.0]
+            with pytest.raises(RewardFailure, match=r"0.5 s"):
+                await wrapper(5)
+
+    asyncio.run(main())
+
+
 def test_function_that_cannot_travel_is_one_clear_error() -> None:
     async def main() -> None:
         async with RewardService():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from areal.launcher.local import ChildProcess
-from areal.reward.worker import BAD_VALUE, FRAME_HEADER, OK, encode_frame
+from areal.reward.worker import BAD_VALUE, FRAME_HEADER, LOADED, OK, encode_frame
 
 START_TIMEOUT = 60.0
 
@@ -37,12 +37,19 @@ class Pool(Protocol):
 
 
 class Job:
-    __slots__ = ("frame", "future", "timeout")
+    __slots__ = ("future", "loading", "module", "payload", "timeout")
 
-    def __init__(self, frame: bytes, future: asyncio.Future[float], timeout: float) -> None:
-        self.frame = frame
+    def __init__(self, module: str, payload: bytes, future: asyncio.Future[float], timeout: float) -> None:
+        self.module = module
+        self.payload = payload
         self.future = future
         self.timeout = timeout
+        self.loading = False  # sent to a process that has yet to import the module: time for that is not the score's
+
+    @property
+    def limit(self) -> float:
+        """Seconds from now that it may take, when it is the running one."""
+        return START_TIMEOUT if self.loading else self.timeout
 
 
 class RewardProcess(asyncio.Protocol):
@@ -56,6 +63,7 @@ class RewardProcess(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self.jobs: deque[Job] = deque()  # sent and unanswered, in order; the first is running
         self.ready = False
+        self._modules: set[str] = set()
         self._seconds: float | None = None
         self.dead = False
         self._deadline = self._loop.time() + START_TIMEOUT
@@ -87,11 +95,13 @@ class RewardProcess(asyncio.Protocol):
 
     def send(self, job: Job) -> None:
         assert self._transport is not None
+        job.loading = job.module not in self._modules
+        self._modules.add(job.module)
         if not self.jobs:
-            self._deadline = self._loop.time() + job.timeout
+            self._deadline = self._loop.time() + job.limit
             self._arm()
         self.jobs.append(job)
-        self._transport.write(job.frame)
+        self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
@@ -112,10 +122,16 @@ class RewardProcess(asyncio.Protocol):
             self.ready = True
             return
         status, value, seconds = message
-        job = self.jobs.popleft()
+        job = self.jobs[0]
+        if status == LOADED:
+            job.loading = False
+        else:
+            self.jobs.popleft()
         if self.jobs:
-            self._deadline = self._loop.time() + self.jobs[0].timeout
+            self._deadline = self._loop.time() + self.jobs[0].limit
             self._arm()
+        if status == LOADED:
+            return
         self._seconds = seconds
         if status == OK:
             resolve(job, value)
@@ -149,7 +165,7 @@ class RewardProcess(asyncio.Protocol):
                 job,
                 RewardFailure(
                     "reward_timeout",
-                    f"the reward function did not return within {job.timeout:g} s",
+                    f"the reward function's {'module did not import' if job.loading else 'call did not return'} within {job.limit:g} s",
                 ),
             )
             self._pool.worker_lost(self, None)

@@ -10,7 +10,6 @@ else), and it cannot tell which of several calls sent together hung or killed th
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import math
 import pickle
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from areal.reward.process import Job, RewardFailure, RewardProcess, fail
-from areal.reward.worker import BadScore, check_score, describe_error, encode_frame
+from areal.reward.worker import BadScore, check_score, describe_error
 
 _MAX_FAILED_STARTS = 3
 _PIPELINE_SECONDS = 0.002  # scores expected to be shorter than this together are sent to a worker at once
@@ -94,6 +93,8 @@ class RewardService:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         timeout: float | None = None,
+        *,
+        on_loop: bool | None = None,
     ) -> float:
         """``function(*args, **kwargs)`` as a finite float; a coroutine function runs on this loop, any other in a worker.
 
@@ -108,7 +109,7 @@ class RewardService:
                 self._spans.append([now, now])
         try:
             seconds = self.timeout if timeout is None else timeout
-            if is_async(function):
+            if is_async(function) if on_loop is None else on_loop:
                 return await _score_on_loop(function, args, kwargs, seconds)
             return await self._score_in_worker(function, args, kwargs, seconds)
         finally:
@@ -132,14 +133,14 @@ class RewardService:
         if self._broken:
             raise RewardServiceError(self._broken)
         try:
-            frame = encode_frame((function, args, kwargs))
+            payload = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             name = getattr(function, "__qualname__", repr(function))
             raise RewardServiceError(
                 f"the reward function {name} or its arguments cannot be sent to a worker process ({error}); "
                 "define it at the top level of a module, or make it async"
             ) from error
-        job = Job(frame, asyncio.get_running_loop().create_future(), timeout)
+        job = Job(str(getattr(function, "__module__", "")), payload, asyncio.get_running_loop().create_future(), timeout)
         self._queue.append(job)
         if not self._dispatch_planned:  # calls of the same tick are dealt out together
             self._dispatch_planned = True
@@ -229,7 +230,6 @@ def shared_service() -> RewardService:
     return service
 
 
-@functools.lru_cache(maxsize=64)  # inspect takes longer than sending the call
 def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
@@ -275,6 +275,7 @@ class AsyncRewardWrapper:
         max_retries: int = 0,
     ) -> None:
         self.reward_fn = reward_fn
+        self._on_loop = is_async(reward_fn)  # asked once: it takes longer than sending a call
         self.timeout_seconds = timeout_seconds
 
     async def __call__(self, *args: Any, **kwargs: Any) -> float:
@@ -283,4 +284,4 @@ class AsyncRewardWrapper:
         Raises:
             RewardFailure: it raised, hung, killed its process or returned something else.
         """
-        return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds)
+        return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds, on_loop=self._on_loop)

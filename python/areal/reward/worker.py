@@ -2,7 +2,9 @@
 
 Kept light on purpose (no numpy, no torch): it starts in a blink and is killed without a thought when a score hangs.
 A frame is a little-endian uint32 length and a pickle. The parent's first frame tells where modules are found; the worker
-answers with one frame when it is ready, then with one frame (status, value, seconds) for every (function, args, kwargs).
+answers with one frame when it is ready, then with one frame (status, value, seconds) for every (function, args, kwargs). The byte
+before such a pickle asks for a frame more, LOADED, once the pickle is read: reading the first one imports the function's module,
+which may take longer than a score.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO
 
 FRAME_HEADER = struct.Struct("<I")
 
-OK, RAISED, BAD_VALUE = 0, 1, 2
+OK, RAISED, BAD_VALUE, LOADED = 0, 1, 2, 3
 
 
 class BadScore(ValueError):
@@ -56,13 +58,15 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}{where}"
 
 
-def _score(payload: bytes) -> tuple[int, float | str]:
+def _score(connection: socket.socket, payload: bytes) -> tuple[int, float | str]:
     try:
-        function, args, kwargs = pickle.loads(payload)
+        function, args, kwargs = pickle.loads(memoryview(payload)[1:])
+        if payload[0]:
+            connection.sendall(encode_frame((LOADED, 0.0, 0.0)))
         return OK, check_score(function(*args, **kwargs))
     except BadScore as error:
         return BAD_VALUE, str(error)
-    except BaseException as error:
+    except BaseException as error:  # boundary to the user's code: whatever it raises, sys.exit included, is one failed score
         return RAISED, describe_error(error)
 
 
@@ -97,7 +101,7 @@ def main(fd: int) -> None:
     connection.sendall(encode_frame(os.getpid()))
     while (payload := _read_frame(stream)) is not None:
         begin = time.perf_counter()
-        status, value = _score(payload)
+        status, value = _score(connection, payload)
         sys.stdout.flush()
         try:
             connection.sendall(encode_frame((status, value, time.perf_counter() - begin)))
