@@ -47,9 +47,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     names = set(model._no_split_modules or ())
     for layers in lists:
-        if all(type(layer).__name__ in names for layer in layers):
+        if all(type(layer).__name__.removeprefix("FSDP") in names for layer in layers):  # sharding renames classes
             return layers
-    raise ValueError(f"{type(model).__name__} has no list of {n} layers that areal recognises; use another model")
+    raise ValueError(f"{type(model).__name__} has no list of {n} layers that areal can tell; use another model")
 
 
 def save_model(template: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:

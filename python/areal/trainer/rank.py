@@ -30,10 +30,12 @@ class Rank:
 
     def rpc_init(self, config: GRPOConfig, model_folder: Path, rank: int, world_size: int, rendezvous: str, shm_name: str) -> None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from areal.trainer.checkpoint import CheckpointWriter
         from areal.trainer.engine import TrainEngine
 
+        disable_progress_bar()
         actor = config.actor
         torch.set_num_threads(actor.threads)
         device = _device(actor.device, rank)
