@@ -101,7 +101,10 @@ def test_panel_tells_what_matters(make: Make) -> None:
     assert "starting 1 rollout server" in panel(display, 100)
     display.warmup({"step": 700, "loss": 1.234, "accuracy": 0.42})
     text = panel(display, 100)
-    assert "700/1400" in text and "1.234" in text and "42%" in text
+    assert "warm-up 700/1400" in text and "1.234" in text and "42%" in text
+    display.warmup({"step": 760, "total_steps": 900, "phase": "cool-down", "loss": 1.1, "tokens_per_s": 12_345.0, "lr_scale": 0.25})
+    text = panel(display, 100)
+    assert "cooling down 760/900" in text and "42%" in text and "12.3k tok/s" in text and "25% of the first" in text
     display.step(ROW)
     text = panel(display, 100)
     for part in ("arithmetic/trial", "7/80", "0.812", "81%", "26.4", "max 47", "28.4k tok/s", "93% busy", "27.1k tok/s", "71% busy"):

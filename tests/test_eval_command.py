@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from areal.cli import main
-from areal.config import ConfigError
+from areal.config import ConfigError, GRPOConfig
 from areal.config_load import build_config, dump_yaml
 from areal.eval_command import run_eval
 from areal.launcher.local import free_port
@@ -48,7 +48,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train_dataset": {"type": "arithmetic", "max_prompt_len": 40},
         "evaluator": {"n_prompts": 24},
     }
-    (folder / "config.yaml").write_text(dump_yaml(build_config(tree)))
+    (folder / "config.yaml").write_text(dump_yaml(build_config(tree, GRPOConfig)))
     return folder
 
 
@@ -78,7 +78,7 @@ def test_checkpoint_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str
 def test_nothing_to_evaluate_on(run_folder: Path) -> None:
     tree = {"actor": {"path": str(run_folder)}, "train_dataset": {"type": "arithmetic"}, "evaluator": {"n_prompts": 0}}
     with pytest.raises(ConfigError, match=r"no held-out prompts .*set valid_dataset"):
-        run_eval(build_config(tree))
+        run_eval(build_config(tree, GRPOConfig))
 
 
 def test_server_that_cannot_start_is_a_sentence(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from areal.config import GRPOConfig
 from areal.config_load import build_config
-from areal.evaluation import Evaluation
 from areal.metrics import RunTotals
 from areal.stats import StatsLogger, read_jsonl
 
 
 @pytest.fixture
 def config() -> GRPOConfig:
-    return build_config({"actor": {"init_from_scratch": {"model_type": "qwen2"}}, "train_dataset": {"type": "arithmetic"}})
+    return build_config({"actor": {"init_from_scratch": {"model_type": "qwen2"}}, "train_dataset": {"type": "arithmetic"}}, GRPOConfig)
 
 
 def test_rows_are_on_disk_at_once(tmp_path: Path, config: GRPOConfig) -> None:
@@ -30,20 +28,20 @@ def test_rows_are_on_disk_at_once(tmp_path: Path, config: GRPOConfig) -> None:
     stats.span("rollout 0", "generation", 10.0, 11.5)
     stats.step(row)
     stats.warmup({"step": 50, "loss": 1.25})
-    stats.evaluation("before", Evaluation(0.5, 17.0, 0.5, 512))
+    stats.evaluation({"when": "before", "step": 0, "accuracy": 0.5, "failures": {}})
     (read,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert {k: read[k] for k in ("step", "reward", "loss", "staleness_max")} == {"step": 1, "reward": 0.5, "loss": None, "staleness_max": 2}
     assert read["time"] > 1.6e9 and read["dropped"] == {"reward_timeout": 2}
     assert read_jsonl(tmp_path / "timeline.jsonl") == [{"actor": "rollout 0", "kind": "generation", "start": 10.0, "end": 11.5}]
     assert read_jsonl(tmp_path / "warmup.jsonl")[0]["loss"] == 1.25
     (evaluation,) = read_jsonl(tmp_path / "evaluations.jsonl")
-    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 1, 0.5)
+    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 0, 0.5)
     stats.close()
 
 
 def test_summary_has_exactly_the_promised_keys(tmp_path: Path, config: GRPOConfig) -> None:
     with StatsLogger(tmp_path, config) as stats:
-        path = stats.summary(asdict(RunTotals(accuracy_before=0.6, dropped={"reward_error": 1})))
+        path = stats.write_summary(RunTotals(accuracy_before=0.6, dropped={"reward_error": 1}))
     assert path == tmp_path / "summary.json"
     assert list(json.loads(path.read_text())) == [
         "accuracy_before",
@@ -77,13 +75,14 @@ def test_tensorboard_can_be_left_out_and_costs_no_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from areal.config import GRPOConfig
 from areal.config_load import build_config
 from areal.stats import StatsLogger
 for name, on in (("a", True), ("b", False)):
     tree = dict(actor=dict(init_from_scratch=dict(model_type="qwen2")), train_dataset=dict(type="arithmetic"), stats_logger=dict(tensorboard=on))
     folder = Path({str(tmp_path)!r}) / name
     folder.mkdir()
-    with StatsLogger(folder, build_config(tree)) as stats:
+    with StatsLogger(folder, build_config(tree, GRPOConfig)) as stats:
         stats.step(dict(step=1, reward=1.0))
 print("torch" in sys.modules, "tensorflow" in sys.modules)
 """

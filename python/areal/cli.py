@@ -123,13 +123,14 @@ def _log_warnings() -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from areal.config import GRPOConfig
     from areal.config_check import check_machine
     from areal.config_load import dump_yaml, list_keys, load_expr_config
 
     if args.keys:
         print(list_keys())
         return 0
-    config, _ = load_expr_config([*(["--config", args.config] if args.config else []), *args.words])
+    config, _ = load_expr_config([*(["--config", args.config] if args.config else []), *args.words], GRPOConfig)
     if args.check:
         print(dump_yaml(config), end="")
         return 0
@@ -168,7 +169,7 @@ def _eval(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from areal.config import ConfigError
+    from areal.config import ConfigError, GRPOConfig
     from areal.config_check import check_machine, check_model_dir
     from areal.config_load import load_expr_config
 
@@ -177,7 +178,7 @@ def _eval(args: argparse.Namespace) -> int:
     file = args.config or next((str(f / "config.yaml") for f in model.parents if (f / "config.yaml").is_file()), None)
     if file is None:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
-    config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"])
+    config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"], GRPOConfig)
     check_machine(config)
     _log_warnings()
     from areal.eval_command import run_eval

@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_expr_config(argv: Sequence[str], config_class: type[ConfigT] = GRPOConfig) -> tuple[ConfigT, str]:
+def load_expr_config(argv: Sequence[str], config_class: type[ConfigT] = GRPOConfig) -> tuple[ConfigT, str]:  # type: ignore[assignment]
     """``["--config", "x.yaml", "actor.eps_clip=0.3", ...]`` (or the path alone in front) -> (configuration, path of the file).
 
     Raises ``ConfigError``: one sentence for a missing or malformed file, an unknown key, a wrong type, an impossible combination.
@@ -148,7 +148,7 @@ def apply_override(tree: dict[str, Any], override: str, config_class: type[BaseM
     node[parts[-1]] = value
 
 
-def build_config(tree: Mapping[str, Any], config_class: type[ConfigT] = GRPOConfig, source: str = "the configuration") -> ConfigT:
+def build_config(tree: Mapping[str, Any], config_class: type[ConfigT], source: str = "the configuration") -> ConfigT:
     """Validates a tree of plain values; pydantic's first error becomes one sentence."""
     try:
         return config_class.model_validate(dict(tree))

@@ -78,7 +78,9 @@ class Display:
         if self._live is None and (measured or now - self._last_warmup_line >= 10):
             self._last_warmup_line = now
             accuracy = f"  accuracy {share(row['accuracy'])}" if measured else ""
-            self._print(f"warm-up {row.get('step', 0)}/{state.warmup_total}  loss {number(row.get('loss'), 3)}{accuracy}")
+            self._print(
+                f"warm-up {row.get('step', 0)}/{row.get('total_steps') or state.warmup_total}  loss {number(row.get('loss'), 3)}{accuracy}"
+            )
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One train step of reinforcement learning: the row that also goes to ``metrics.jsonl``."""

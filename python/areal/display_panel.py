@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.panel import Panel
@@ -45,7 +45,7 @@ class RunState:
                 self.history.setdefault(key, []).append(float(value))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
@@ -130,8 +130,13 @@ class RunPanel:
         left, right = _grid(), _grid()
         _line(left, "loss", number(row.get("loss"), 3), sparkline(state.history.get("warmup_loss", []), 24))
         if "accuracy" in state.history:
-            _line(right, "accuracy", share(state.history["accuracy"][-1]), sparkline(state.history["accuracy"], 24))
-        progress = self._progress("warm-up", int(row.get("step", 0)), state.warmup_total, state.phase_started, width)
+            _line(left, "accuracy", share(state.history["accuracy"][-1]), sparkline(state.history["accuracy"], 24))
+        _line(right, "speed", f"{count(row.get('tokens_per_s'))} tok/s", "trained")
+        _line(right, "rate", share(row.get("lr_scale")), "of the first learning rate")
+        # Fewer steps remain than were planned once the accuracy is reached and the cool-down begins.
+        total = int(row.get("total_steps") or state.warmup_total)
+        label = "warm-up, cooling down" if row.get("phase") == "cool-down" else "warm-up"
+        progress = self._progress(label, int(row.get("step", 0)), total, state.phase_started, width)
         return Group(progress, _columns(left, right, width))
 
     def _training(self, width: int) -> Group:
