@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from areal.config import GRPOConfig
 from areal.config_load import build_config
+from areal.evaluation import Evaluation
 from areal.metrics import RunTotals
 from areal.stats import StatsLogger, read_jsonl
 
@@ -28,20 +30,20 @@ def test_rows_are_on_disk_at_once(tmp_path: Path, config: GRPOConfig) -> None:
     stats.span("rollout 0", "generation", 10.0, 11.5)
     stats.step(row)
     stats.warmup({"step": 50, "loss": 1.25})
-    stats.evaluation({"when": "before", "step": 0, "accuracy": 0.5, "failures": {}})
+    stats.evaluation("before", Evaluation(0.5, 17.0, 0.5, 512))
     (read,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert {k: read[k] for k in ("step", "reward", "loss", "staleness_max")} == {"step": 1, "reward": 0.5, "loss": None, "staleness_max": 2}
     assert read["time"] > 1.6e9 and read["dropped"] == {"reward_timeout": 2}
     assert read_jsonl(tmp_path / "timeline.jsonl") == [{"actor": "rollout 0", "kind": "generation", "start": 10.0, "end": 11.5}]
     assert read_jsonl(tmp_path / "warmup.jsonl")[0]["loss"] == 1.25
     (evaluation,) = read_jsonl(tmp_path / "evaluations.jsonl")
-    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 0, 0.5)
+    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 1, 0.5)
     stats.close()
 
 
 def test_summary_has_exactly_the_promised_keys(tmp_path: Path, config: GRPOConfig) -> None:
     with StatsLogger(tmp_path, config) as stats:
-        path = stats.write_summary(RunTotals(accuracy_before=0.6, dropped={"reward_error": 1}))
+        path = stats.summary(asdict(RunTotals(accuracy_before=0.6, dropped={"reward_error": 1})))
     assert path == tmp_path / "summary.json"
     assert list(json.loads(path.read_text())) == [
         "accuracy_before",

@@ -133,6 +133,7 @@ class PPOTrainer:
         buffer = TrajectoryBuffer(batch_size, eta, mask_over_age=rollout.over_age_tokens == "mask")
         runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops)
         generating = tasks.create_task(runner.run(), name="runner")
+        await cluster.read_engines()  # what the evaluation generated is not the first step's
         clock = StepClock()
         with ExitStack() as files:
             log = files.enter_context(TrajectoryLog(self.run_folder / "trajectories.jsonl", cluster.tokenizer)) if self._dumps else None

@@ -158,7 +158,9 @@ def _figure(run: Run) -> Figure:
             draw(axes, run)
             axes.set_xlabel("train step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-            axes.margins(x=0.01)
+            first, last = run.column("step")[[0, -1]]
+            start = 0 if first <= 1 else first  # evaluations before the first step stand at 0
+            axes.set_xlim(start - 0.01 * (last - start) - 0.1, last + 0.01 * (last - start) + 0.1)
     if timeline is not None:
         _timelines(page, timeline, run, zoom, (overview, detail))
     return page.figure
@@ -305,7 +307,7 @@ def _speed(axes: Axes, run: Run) -> None:
     _curve(axes, run, "train_tokens_per_s", ORANGE, "trained on")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
     axes.set_ylim(bottom=0)
-    _legend(axes, loc="lower right", ncols=2)
+    _legend(axes, loc="best", ncols=2)
 
 
 def _busy(axes: Axes, run: Run) -> None:

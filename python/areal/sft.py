@@ -255,7 +255,12 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
         checked = config.warmup.stop_at_accuracy is not None
         check = RolloutCheck(cluster, workflow, check_rows(config, cluster.train_dataset, cluster.tokenizer) if checked else [])
 
+    stepped = time.time()
+
     def report(row: dict[str, Any]) -> None:
+        nonlocal stepped
+        begin, stepped = stepped, time.time()
+        cluster.stats.span("trainer 0", "training", begin, stepped)
         cluster.stats.warmup(row)
         cluster.display.warmup(row)
 

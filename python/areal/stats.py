@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import orjson
 
 from areal.config import GRPOConfig
-from areal.metrics import RunTotals
+
+if TYPE_CHECKING:
+    from areal.evaluation import Evaluation
 
 
 class StatsLogger:
@@ -26,6 +28,7 @@ class StatsLogger:
 
     def __init__(self, run_dir: Path, config: GRPOConfig) -> None:
         self.run_dir = run_dir
+        self._last_step = 0
         self._metrics = (run_dir / "metrics.jsonl").open("ab")
         self._warmup = (run_dir / "warmup.jsonl").open("ab")
         self._evaluations = (run_dir / "evaluations.jsonl").open("ab")
@@ -34,6 +37,7 @@ class StatsLogger:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One train step: the flat row of ``metrics.py``; its ``step`` counts finished steps, from 1."""
+        self._last_step = int(row["step"])
         self._write(self._metrics, row)
         self._timeline.flush()
         self._scalars("train", row)
@@ -43,8 +47,9 @@ class StatsLogger:
         self._write(self._warmup, row)
         self._scalars("warmup", row)
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
-        """One evaluation: ``when``, ``step`` (the policy version), ``accuracy``, ``length``, ``n_scored``, ..."""
+    def evaluation(self, when: str, result: Evaluation) -> None:
+        """One evaluation; ``when`` is "before", "after" or "step N"."""
+        row = {"when": when, "step": self._last_step, **dataclasses.asdict(result)}
         self._write(self._evaluations, row)
         self._scalars("evaluation", row)
 
@@ -58,10 +63,10 @@ class StatsLogger:
         for kind, start, end in spans:
             self.span(actor, kind, start, end)
 
-    def write_summary(self, totals: RunTotals) -> Path:
-        """``summary.json``, whole or not at all."""
+    def summary(self, totals: Mapping[str, Any]) -> Path:
+        """``summary.json``, whole or not at all: the fields of ``metrics.RunTotals``."""
         path = self.run_dir / "summary.json"
-        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in dataclasses.asdict(totals).items()}
+        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in totals.items()}
         part = path.with_suffix(".json.part")
         part.write_text(json.dumps(row, indent=2) + "\n")
         os.replace(part, path)
