@@ -68,7 +68,13 @@ def reference_step(model_folder, groups, batch_of, *, temperature, lr, steps_eps
         for sample, advantage in zip(members, advantages, strict=True):
             behavior, mask = (torch.from_numpy(x) for x in (sample.logprobs.astype(np.float64), sample.loss_mask))
             loss, _ = ppo_loss(
-                score(sample), proximal[id(sample)], behavior, torch.from_numpy(advantage).double(), mask, eps_clip=0.2, denominator=denominator
+                score(sample),
+                proximal[id(sample)],
+                behavior,
+                torch.from_numpy(advantage).double(),
+                mask,
+                eps_clip=0.2,
+                denominator=denominator,
             )
             loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
@@ -216,7 +222,7 @@ def test_orthogonalise(shape):
     u, _, v = torch.linalg.svd(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     results = orthogonalise(u @ torch.diag(torch.linspace(0.1, 1, min(shape))) @ v).float()
     singular = torch.linalg.svdvals(results)
-    assert 0.5 < singular.min()
+    assert singular.min() > 0.5
     assert singular.max() < 1.3
     assert torch.cosine_similarity(results.flatten(), (u @ v).flatten(), dim=0) > 0.95
 

@@ -14,7 +14,10 @@ from areal.models.attention import ATTENTION_NAME, AttentionContext
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a Hugging Face directory, in eval mode, with areal's attention."""
+    """The model of a Hugging Face directory, in eval mode, with areal's attention. ``UnsupportedModel`` if it would compute wrongly."""
+    from areal.models.selfcheck import check_model
+
+    check_model(AutoConfig.from_pretrained(path, local_files_only=True))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True)
     return model.to(device).eval()
 

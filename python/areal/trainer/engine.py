@@ -99,7 +99,9 @@ class TrainEngine:
         self.set_optimizer(config.optimizer)
 
     def _checkpoint_layers(self) -> None:
-        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable  # new name in 5.20
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        )  # new name in 5.20
         enable({"use_reentrant": False})
         for layer in decoder_layers(self.model):
             layer.training = True  # the layer itself asks for it; what is inside (dropout) stays in eval mode
