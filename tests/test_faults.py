@@ -49,7 +49,7 @@ def test_killed_trainer_rank_ends_the_run_with_its_name(tmp_path: Path, backend:
     run = TrainRun(tmp_path, LONG, f"actor.backend={backend}")
     run.wait_for_step(2)
     family = run.family()
-    run.child("trainer.worker").kill()
+    run.child("trainer.rank").kill()
     assert run.finish(60) == 1
     assert "trainer" in run.stderr and "SIGKILL" in run.stderr
     assert_all_gone(family)

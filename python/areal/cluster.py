@@ -110,6 +110,7 @@ class Cluster:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sync_weights(), name="weight sync")
             tasks.create_task(self._watch_servers(), name="server watch")
+            tasks.create_task(self._watch_trainer(), name="trainer watch")
 
     async def _sync_weights(self) -> None:
         """Takes the newest published weights to every server; versions published meanwhile are skipped over."""
@@ -143,6 +144,10 @@ class Cluster:
                     raise RunFailed(f"a rollout server died after {server.restarts} replacements: {server.process.describe_death()}")
                 self.display.note(f"{server.name} died and is being replaced: {server.process.describe_death(3)}")
                 await self._add_server(server.index, server.restarts + 1)
+
+    async def _watch_trainer(self) -> None:
+        """Ends the run when a rank dies, also while nobody waits for its answer."""
+        raise await self.trainer.died()
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
 
