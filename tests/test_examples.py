@@ -9,6 +9,7 @@ import pytest
 
 from areal.config_load import load_expr_config
 from areal.tasks.arithmetic import build_tokenizer, make_problem
+from areal.workflow.build import reward_function
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 
@@ -17,6 +18,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
 def test_loads_and_takes_overrides(path):
     config, source = load_expr_config([str(path), "seed=3", "rollout.max_head_offpolicyness=1"])
     assert (config.seed, config.rollout.max_head_offpolicyness, source) == (3, 1, str(path))
+    assert callable(reward_function(config))
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if "arithmetic" in p.stem], ids=lambda p: p.stem)
