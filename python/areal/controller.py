@@ -120,6 +120,7 @@ class PPOTrainer:
             totals.seconds_rl = time.monotonic() - begin
             await cluster.wait_for_version(config.total_train_steps)
             after = await self._evaluate("after")
+            await cluster.read_engines()  # the evaluation belongs to the timeline and to the total
             await cluster.save("final")
             watching.cancel()
         self._finish(before, after)

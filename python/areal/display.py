@@ -40,7 +40,7 @@ class Display:
         )
         live = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.encoding.startswith("utf")
         # Two redraws a second are cheap and keep the clock going while a long step runs.
-        self._live = Live(RunPanel(self.state), console=self.console, refresh_per_second=2, transient=True) if live else None
+        self._live = Live(RunPanel(self.state), console=self.console, refresh_per_second=2) if live else None
         self._drifting = False
         self._last_warmup_line = 0.0
 
@@ -52,9 +52,10 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Takes the panel away; notes and results stay. Calling it twice does no harm."""
+    def close(self, *, keep_panel: bool = True) -> None:
+        """Stops drawing; a run that was cut short leaves its last panel. Calling it twice does no harm."""
         if self._live is not None:
+            self._live.transient = not keep_panel
             self._live.stop()
 
     def phase(self, name: str) -> None:
@@ -121,7 +122,7 @@ class Display:
 
     def finish(self, summary: Mapping[str, Any] | Any, samples: Sequence[Any] = ()) -> None:
         """The panel makes way for the before/after table and a few answers (``prompt``, ``answer``, ``reward``)."""
-        self.close()
+        self.close(keep_panel=False)
         totals = dict(summary) if isinstance(summary, Mapping) else dataclasses.asdict(summary)
         self.console.print(before_after(totals), Text(_totals_line(totals)))
         if samples:

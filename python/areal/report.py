@@ -264,7 +264,7 @@ def _reward(axes: Axes, run: Run) -> None:
         axes.set_title("Reward")
         _curve(axes, run, "reward", BLUE, "training batches")
         _held_out(axes, run, "reward", "{:.2f}")
-    _legend(axes, loc="lower right")
+    _legend(axes, loc="best")
 
 
 def _length(axes: Axes, run: Run) -> None:
@@ -273,7 +273,7 @@ def _length(axes: Axes, run: Run) -> None:
     axes.plot(run.column("step"), run.column("length_max"), color=GREY, linewidth=0.9, label="longest")
     _held_out(axes, run, "length", "{:.0f}")
     axes.set_ylim(bottom=0)
-    _legend(axes, loc="lower right")
+    _legend(axes, loc="best")
 
 
 def _held_out(axes: Axes, run: Run, key: str, form: str) -> None:
@@ -316,7 +316,7 @@ def _busy(axes: Axes, run: Run) -> None:
     _curve(axes, run, "trainer_busy", ORANGE, "trainer")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, 1.05)
-    _legend(axes, loc="lower right", ncols=2)
+    _legend(axes, loc="best", ncols=2)
 
 
 def _drift(axes: Axes, run: Run) -> None:

@@ -49,6 +49,8 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
                 f"actor.path={config.actor.path} is not a Hugging Face model folder (it has no config.json); give the path of one"
             )
         return path
+    from transformers.utils.logging import disable_progress_bar
+
     from areal.models.loading import create_model
     from areal.tasks.arithmetic import build_tokenizer
 
@@ -63,6 +65,7 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
+    disable_progress_bar()  # it would draw over the display
     model = create_model({**special, **(config.actor.init_from_scratch or {})}, seed=config.seed)
     folder = run_folder / "init"
     model.save_pretrained(folder)
