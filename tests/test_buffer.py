@@ -63,6 +63,21 @@ def test_a_cut_that_waits_too_long_says_for_whom() -> None:
         asyncio.run(buffer.cut(0, timeout=0.05))
 
 
+def test_a_cut_that_is_cancelled_while_it_is_woken_ends() -> None:
+    async def scenario() -> None:
+        buffer = TrajectoryBuffer(batch_size=1, eta=0)
+        buffer.admitted(0, 0)
+        cutting = asyncio.create_task(buffer.cut(0, timeout=5))
+        await asyncio.sleep(0.01)
+        buffer.reject(0)
+        await asyncio.sleep(0)  # the wait is done, the cut has not yet run on
+        cutting.cancel()
+        await asyncio.wait({cutting}, timeout=1)
+        assert cutting.cancelled()
+
+    asyncio.run(scenario())
+
+
 def test_masking_instead_of_waiting_counts_tokens() -> None:
     buffer = TrajectoryBuffer(batch_size=1, eta=1, mask_over_age=True)
     buffer.admitted(0, 0)

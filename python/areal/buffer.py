@@ -85,7 +85,8 @@ class TrajectoryBuffer:
         while (batch := self.try_cut(version)) is None:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 may swallow a cancellation
+                    await self._changed.wait()
             except TimeoutError:
                 raise TimeoutError(f"the trainer waited {timeout:.0f} s for {self._missing(version)}") from None
         return batch
