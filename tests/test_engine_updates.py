@@ -147,8 +147,11 @@ def test_resubmitting_an_aborted_answer_goes_on_as_if_nothing_had_been() -> None
     assert worst_error(build("qwen2", seed=1), [rest]) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["", "torch"])
 @pytest.mark.parametrize("name", MODELS)
-def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str) -> None:
+def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend:
+        monkeypatch.setenv("AREAL_OPS", f"decode_attention={backend}")
     engine = EmbeddedEngine(build(name), max_running_requests=16, deterministic=True)
     wanted = requests(8, prompt=(1, 70), answer=(1, 80))
     alone = [engine.generate([request])[0] for request in wanted]

@@ -112,7 +112,9 @@ def _cpp(
     addresses = [t.data_ptr() for t in (q, k, v, k_cache, v_cache, positions)]
     addresses += [0 if slots is None else slots.data_ptr(), out.data_ptr()]
     sizes = [rows, heads, k.shape[1], k_cache.shape[2], d, q.stride(0), k.stride(0), v.stride(0), window]
-    compiled_module().decode_attention(addresses, sizes, scaling, torch.get_num_threads())
+    module = compiled_module()
+    assert module is not None
+    module.decode_attention(addresses, sizes, scaling, torch.get_num_threads())
     return out
 
 

@@ -25,6 +25,7 @@ from areal.inference.embedded.request import Answer, GenerateRequest, RequestErr
 from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens, sequence_key
 from areal.inference.embedded.scheduler import PrefillGroup, Scheduler
 from areal.models.loading import load_model
+from areal.models.selfcheck import check_supported
 
 UpdateMode = Literal["retract", "in_place"]
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -71,6 +72,7 @@ class EmbeddedEngine:
             raise ValueError(f"deterministic mode needs one thread, not {torch.get_num_threads()}; call torch.set_num_threads(1) first")
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, dtype=dtype, device=self.device)
+        check_supported(model.config)
         self.model = model
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
         if max_context > limit:
@@ -220,7 +222,7 @@ class EmbeddedEngine:
             prompts.append((group.members[0].slot, group.members[0].request.input_ids[:-1]))
         return [(slot, tokens) for slot, tokens in prompts if tokens]
 
-    def _share(self, groups: list[PrefillGroup]) -> None:
+    def _share(self, groups: Sequence_[PrefillGroup]) -> None:
         """Copies every prefilled prompt's K/V to the other sequences of that prompt."""
         for group in groups:
             n_tokens = len(group.members[0].request.input_ids) - 1

@@ -38,7 +38,7 @@ class _ShapeProbe:
     """Whether every layer's attention is one that ``ops.decode_attention`` does."""
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        self.shapes[layer_idx] = (tuple(k.shape[1:]), tuple(v.shape[1:]))
+        self.shapes[layer_idx] = (k.shape[1], k.shape[2]), (v.shape[1], v.shape[2])
         self.plain &= spec.softcap is None and spec.sinks is None and q.shape[2] == k.shape[2] == v.shape[2]
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
