@@ -81,7 +81,9 @@ class Rival:
 
         model = create_model(MODEL, seed=0)
         model.set_attn_implementation("sdpa")
-        generation = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, eos_token_id=-1, pad_token_id=2)
+        generation = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, eos_token_id=-1, pad_token_id=2
+        )
         config = ContinuousBatchingConfig(
             page_size=32, num_blocks=512, max_batch_tokens=256, max_requests_per_batch=SLOTS, return_logprobs=True, use_cuda_graph=False
         )

@@ -39,6 +39,18 @@ DecodeRows* find(const std::string& name) {
   throw std::invalid_argument("this CPU has no instruction set '" + name + "'");
 }
 
+void store(const DecodeAttention& call) {
+  const int64_t d = call.d;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    const int64_t slot = call.slots == nullptr ? row : call.slots[row];
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+      const int64_t to = ((slot * call.kv_heads + head) * call.capacity + call.positions[row]) * d;
+      std::memcpy(call.k_cache + to, call.k + row * call.k_stride + head * d, d * sizeof(float));
+      std::memcpy(call.v_cache + to, call.v + row * call.v_stride + head * d, d * sizeof(float));
+    }
+  }
+}
+
 }  // namespace
 
 void decode_attention(const DecodeAttention& call, unsigned threads, const std::string& instruction_set) {
@@ -49,6 +61,7 @@ void decode_attention(const DecodeAttention& call, unsigned threads, const std::
     longest = std::max(longest, call.positions[row] + 1);
     total += call.positions[row] + 1;
   }
+  store(call);
   const int64_t useful = total * call.heads * call.d * 2 / kPerThread;
   const int64_t n_threads = std::max<int64_t>(1, std::min<int64_t>({int64_t{threads}, call.rows, useful}));
   const int64_t per_thread = (longest + 7) / 8 * 8;

@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "decode_attention.h"
 
 namespace areal::avx2 {

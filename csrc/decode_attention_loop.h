@@ -1,4 +1,4 @@
-// The rows of decode_attention, compiled once per instruction set: included inside a namespace of its own, after <cstring>.
+// The rows of decode_attention, compiled once per instruction set: included inside a namespace of its own.
 // Vectors of 8 floats everywhere; the compiler maps them to what the instruction set has.
 
 #define AREAL_INLINE static inline __attribute__((always_inline))
@@ -21,16 +21,17 @@ AREAL_INLINE Float8 load8(const float* p) {
 
 AREAL_INLINE void store8(float* p, const Float8& x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
-AREAL_INLINE float sum8(Float8 x) {
+AREAL_INLINE float sum8(const Float8& value) {
+  Float8 x = value;
   x += AREAL_SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3);
   x += AREAL_SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5);
   return x[0] + x[1];
 }
 
 // exp(x) for x <= 0, to 2 units in the last place; 0 below -87. exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, exp(r) by its Taylor series.
-AREAL_INLINE Float8 exp8(Float8 x) {
-  const Int8 tiny = x < -87.0f;
-  x = tiny ? Float8{} - 87.0f : x;
+AREAL_INLINE Float8 exp8(const Float8& value) {
+  const Int8 tiny = value < -87.0f;
+  const Float8 x = tiny ? Float8{} - 87.0f : value;
   const Int8 n = __builtin_convertvector(x * 1.44269504f - 0.5f, Int8);
   const Float8 whole = __builtin_convertvector(n, Float8);
   const Float8 r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
@@ -56,20 +57,27 @@ AREAL_INLINE float dot(const float* a, const float* b, int64_t d) {
   return total;
 }
 
-// out[0 .. 8 * N) = sum over j of weights[j] * v[j * d + ...]
+// out[0 .. 8 * N) = sum over j of weights[j] * v[j * d + ...]; two chains of additions, since one would wait on its own results.
 template <int N>
 AREAL_INLINE void weighted_sum(const float* weights, const float* v, int64_t n, int64_t d, float* out) {
-  Float8 sum[N] = {};
-  for (int64_t j = 0; j < n; ++j)
-    for (int i = 0; i < N; ++i) sum[i] += weights[j] * load8(v + j * d + i * kWidth);
-  for (int i = 0; i < N; ++i) store8(out + i * kWidth, sum[i]);
+  Float8 even[N] = {}, odd[N] = {};
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2)
+    for (int i = 0; i < N; ++i) {
+      even[i] += weights[j] * load8(v + j * d + i * kWidth);
+      odd[i] += weights[j + 1] * load8(v + (j + 1) * d + i * kWidth);
+    }
+  if (j < n)
+    for (int i = 0; i < N; ++i) even[i] += weights[j] * load8(v + j * d + i * kWidth);
+  for (int i = 0; i < N; ++i) store8(out + i * kWidth, even[i] + odd[i]);
 }
 
 AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, int64_t n, int64_t d, float scaling, float* scores, float* out) {
   float largest = -__builtin_inff();
   for (int64_t j = 0; j < n; ++j) {
-    scores[j] = dot(q, k + j * d, d) * scaling;
-    largest = scores[j] > largest ? scores[j] : largest;
+    const float score = dot(q, k + j * d, d) * scaling;
+    scores[j] = score;
+    largest = score > largest ? score : largest;
   }
   const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
   for (int64_t j = n; j < padded; ++j) scores[j] = -__builtin_inff();
@@ -83,8 +91,11 @@ AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, in
   for (int64_t j = 0; j < n; ++j) scores[j] *= norm;
   int64_t c = 0;
   for (; c + 4 * kWidth <= d; c += 4 * kWidth) weighted_sum<4>(scores, v + c, n, d, out + c);
-  for (; c + kWidth <= d; c += kWidth) weighted_sum<1>(scores, v + c, n, d, out + c);
-  for (; c < d; ++c) {
+  const int64_t vectors = (d - c) / kWidth;
+  if (vectors == 3) weighted_sum<3>(scores, v + c, n, d, out + c);
+  if (vectors == 2) weighted_sum<2>(scores, v + c, n, d, out + c);
+  if (vectors == 1) weighted_sum<1>(scores, v + c, n, d, out + c);
+  for (c += vectors * kWidth; c < d; ++c) {
     float sum = 0;
     for (int64_t j = 0; j < n; ++j) sum += scores[j] * v[j * d + c];
     out[c] = sum;
@@ -92,18 +103,15 @@ AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, in
 }
 
 void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, float* scores) {
-  const int64_t group = call.heads / call.kv_heads, d = call.d, slot = call.kv_heads * call.capacity * d;
+  const int64_t group = call.heads / call.kv_heads, d = call.d;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t position = call.positions[row];
     const int64_t first = call.window > 0 && position >= call.window ? position - call.window + 1 : 0;
-    for (int64_t head = 0; head < call.kv_heads; ++head) {
-      float* k = call.k_cache + row * slot + head * call.capacity * d;
-      float* v = call.v_cache + row * slot + head * call.capacity * d;
-      std::memcpy(k + position * d, call.k + row * call.k_stride + head * d, d * sizeof(float));
-      std::memcpy(v + position * d, call.v + row * call.v_stride + head * d, d * sizeof(float));
-      for (int64_t g = head * group; g < (head + 1) * group; ++g)
-        attend_head(call.q + row * call.q_stride + g * d, k + first * d, v + first * d, position + 1 - first, d, call.scaling, scores,
-                    call.out + (row * call.heads + g) * d);
+    const int64_t slot = call.slots == nullptr ? row : call.slots[row];
+    for (int64_t head = 0; head < call.heads; ++head) {
+      const int64_t start = ((slot * call.kv_heads + head / group) * call.capacity + first) * d;
+      attend_head(call.q + row * call.q_stride + head * d, call.k_cache + start, call.v_cache + start, position + 1 - first, d, call.scaling,
+                  scores, call.out + (row * call.heads + head) * d);
     }
   }
 }

@@ -8,7 +8,10 @@ import torch
 from engine_cases import EOS, MODELS, build, eager_logprobs, requests, worst_error
 
 from areal.inference.embedded.engine import EmbeddedEngine
+from areal.inference.embedded.kv_cache import DecodeContext
 from areal.inference.embedded.request import GenerateRequest, RequestError, SamplingParams
+from areal.inference.embedded.selfcheck import check_engine
+from areal.models.selfcheck import UnsupportedModel
 
 torch.set_num_threads(1)
 
@@ -153,3 +156,24 @@ def test_settings_that_cannot_work_are_refused() -> None:
         EmbeddedEngine(build("qwen2"), max_running_requests=0)
     with pytest.raises(ValueError, match="needs device cpu"):
         EmbeddedEngine(build("qwen2"), device="cuda", deterministic=True)
+
+
+def test_models_that_would_be_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen2")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UnsupportedModel, match="rope type 'dynamic'"):
+        EmbeddedEngine(model)
+    check_engine(build("mistral").config)
+    attend = DecodeContext.attend
+    monkeypatch.setattr(DecodeContext, "attend", lambda self, i, q, k, v, spec: attend(self, i, q, k, v, type(spec)(spec.scaling)))
+    with pytest.raises(UnsupportedModel, match="generated tokens differ"):
+        check_engine(build("mistral").config)
+
+
+def test_without_the_compiled_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AREAL_OPS", "decode_attention=torch")
+    for name in "qwen2", "mistral", "gpt_neox":
+        engine = EmbeddedEngine(build(name), max_running_requests=8)
+        assert not engine._cache.compiled
+        mixed = requests(12, group=2) + requests(4, seed=1, prompt=(100, 140), answer=(60, 100))
+        assert worst_error(build(name), engine.generate(mixed)) < 1e-5

@@ -124,7 +124,8 @@ def test_abort_gives_back_what_there_is() -> None:
     engine.pause("abort")
     rest = engine.step()
     assert sorted(a.request.rid for a in rest) == ["0", "1", "3", "4", "5", "6", "7"]
-    assert sorted(len(a.output_ids) for a in rest) == [0, 0, 0, 1, 6, 6, 6]
+    lengths = sorted(len(a.output_ids) for a in rest)  # three ran on for a step, one was admitted in it, three were waiting
+    assert lengths[:3] == [0, 0, 0] and lengths[3] <= 1 and lengths[4:] == [6, 6, 6]
     assert worst_error(build("qwen2"), [aborted, *(a for a in rest if len(a.output_ids))]) < 1e-5
     engine.resume()
     assert not engine.has_work
@@ -146,8 +147,11 @@ def test_resubmitting_an_aborted_answer_goes_on_as_if_nothing_had_been() -> None
     assert worst_error(build("qwen2", seed=1), [rest]) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["", "torch"])
 @pytest.mark.parametrize("name", MODELS)
-def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str) -> None:
+def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend:
+        monkeypatch.setenv("AREAL_OPS", f"decode_attention={backend}")
     engine = EmbeddedEngine(build(name), max_running_requests=16, deterministic=True)
     wanted = requests(8, prompt=(1, 70), answer=(1, 80))
     alone = [engine.generate([request])[0] for request in wanted]

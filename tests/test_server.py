@@ -99,7 +99,9 @@ def as_answer(prompt: list[int], content: dict[str, Any]) -> Answer:
 
 def test_generate(server: Server) -> None:
     sampling = {"max_new_tokens": 12, "sampling_seed": 5, "ignore_eos": True}
-    content = server.post("/generate", {"input_ids": [3, 4, 5], "sampling_params": sampling, "return_logprob": True, "rid": "x", "unknown": 1})
+    content = server.post(
+        "/generate", {"input_ids": [3, 4, 5], "sampling_params": sampling, "return_logprob": True, "rid": "x", "unknown": 1}
+    )
     answer = as_answer([3, 4, 5], content)
     assert (eager_logprobs(build("qwen2"), answer) - torch.from_numpy(answer.logprobs)).abs().max() < 1e-5
     meta = content["meta_info"]

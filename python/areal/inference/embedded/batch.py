@@ -60,8 +60,8 @@ class RunningBatch:
         self.n_rows += 1
 
     def advance(self, tokens: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.intp]:
-        """Records one sampled token a row; returns the rows that reached a stop token or their length."""
-        n = self.n_rows
+        """Records one sampled token of each of the first rows; returns those that reached a stop token or their length."""
+        n = len(tokens)
         n_out = self.n_out[:n]
         if n_out.max() >= self.out_tokens.shape[1]:
             self.out_tokens = np.pad(self.out_tokens, ((0, 0), (0, self.out_tokens.shape[1])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Sequence_
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +20,17 @@ from transformers import PreTrainedModel
 
 from areal.inference.embedded.batch import RunningBatch
 from areal.inference.embedded.forward import Forward
-from areal.inference.embedded.kv_cache import DecodeContext, KVCache, PrefillContext
+from areal.inference.embedded.kv_cache import SHORT_PROMPT, DecodeContext, KVCache, PrefillContext, slots_and_positions
 from areal.inference.embedded.request import Answer, GenerateRequest, RequestError, Sequence
 from areal.inference.embedded.sampling import keyed_uniforms, sample_tokens, sequence_key
 from areal.inference.embedded.scheduler import PrefillGroup, Scheduler
 from areal.models.loading import load_model
+from areal.models.selfcheck import check_supported
 
 UpdateMode = Literal["retract", "in_place"]
 PauseMode = Literal["abort", "retract", "in_place"]
+_MIXED_TOKENS = 512
+"""Prompt tokens that may ride along with a decode step."""
 _MIN_ROWS = 4
 """Deterministic mode decodes at least this many rows (see kv_cache)."""
 
@@ -68,6 +72,7 @@ class EmbeddedEngine:
             raise ValueError(f"deterministic mode needs one thread, not {torch.get_num_threads()}; call torch.set_num_threads(1) first")
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, dtype=dtype, device=self.device)
+        check_supported(model.config)
         self.model = model
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 20
         if max_context > limit:
@@ -192,32 +197,52 @@ class EmbeddedEngine:
         if not self.paused:
             if self._stale_kv:
                 self._recompute_kv()
-            self._admit(self._scheduler.take(self._batch.n_free, self._batch.n_rows))
-            if self._batch.n_rows:
-                self._decode()
+            n_rows = self._batch.n_rows
+            groups = self._scheduler.take(self._batch.n_free, n_rows)
+            prompts = self._admit(groups)
+            if n_rows and prompts and self._can_mix(prompts):
+                # The prompts ride along with this step; their sequences decode from the next one on.
+                self._decode(n_rows, prompts, groups)
+            else:
+                self._prefill(prompts)
+                self._share(groups)
+                if self._batch.n_rows:
+                    self._decode(self._batch.n_rows)
         finished, self._finished = self._finished, []
         return finished
 
-    def _admit(self, groups: list[PrefillGroup]) -> None:
-        leaders: list[tuple[int, list[int]]] = []
+    def _admit(self, groups: list[PrefillGroup]) -> list[tuple[int, list[int]]]:
+        """Gives every sequence a row; returns what is to be prefilled, as (slot, tokens)."""
+        prompts = []
         for group in groups:
             for index, sequence in enumerate(group.members):
                 self._batch.add(sequence)
                 sequence.mark_version(0, self.version)
                 sequence.cached_tokens = 0 if index == 0 else len(sequence.request.input_ids) - 1
-            leaders.append((group.members[0].slot, group.members[0].request.input_ids[:-1]))
-        self._prefill(leaders)
-        for group, (slot, tokens) in zip(groups, leaders, strict=True):
-            if tokens and len(group.members) > 1:
-                self._cache.copy(slot, [s.slot for s in group.members[1:]], len(tokens))
+            prompts.append((group.members[0].slot, group.members[0].request.input_ids[:-1]))
+        return [(slot, tokens) for slot, tokens in prompts if tokens]
+
+    def _share(self, groups: Sequence_[PrefillGroup]) -> None:
+        """Copies every prefilled prompt's K/V to the other sequences of that prompt."""
+        for group in groups:
+            n_tokens = len(group.members[0].request.input_ids) - 1
+            if n_tokens and len(group.members) > 1:
+                self._cache.copy(group.members[0].slot, [s.slot for s in group.members[1:]], n_tokens)
+
+    def _can_mix(self, prompts: list[tuple[int, list[int]]]) -> bool:
+        """Whether prompts may go through the same forward pass as decoding rows: short ones; in deterministic mode none."""
+        if self.deterministic or not self._cache.compiled:
+            return False
+        lengths = [len(tokens) for _, tokens in prompts]
+        return max(lengths) <= SHORT_PROMPT and sum(lengths) <= _MIXED_TOKENS
 
     def _recompute_kv(self) -> None:
-        self._prefill([(slot, self._batch.stored_tokens(slot)) for slot in range(self._batch.n_rows)])
+        stored = [(slot, self._batch.stored_tokens(slot)) for slot in range(self._batch.n_rows)]
+        self._prefill([(slot, tokens) for slot, tokens in stored if tokens])
         self._stale_kv = False
 
     def _prefill(self, work: list[tuple[int, list[int]]]) -> None:
         """Stores the K/V of (slot, tokens) pairs, several a forward pass; in deterministic mode one."""
-        work = [(slot, tokens) for slot, tokens in work if tokens]
         while work:
             n, total = 1, len(work[0][1])
             while not self.deterministic and n < len(work) and total + len(work[n][1]) <= self._max_prefill_tokens:
@@ -231,19 +256,27 @@ class EmbeddedEngine:
             self._forward.hidden(ids, context.positions, context)
             self.prefill_tokens += total
 
-    def _decode(self) -> None:
+    def _decode(self, n: int, prompts: Sequence_[tuple[int, list[int]]] = (), groups: Sequence_[PrefillGroup] = ()) -> None:
+        """One token for each of the first n rows; ``prompts`` are prefilled in the same forward pass, then shared in their groups."""
         batch = self._batch
-        n = batch.n_rows
         # Padding rows use free slots, at position 0.
         n_padded = max(n, _MIN_ROWS) if self.deterministic else n
-        batch_positions = batch.position[:n]
-        lengths = (batch_positions + 1).tolist()
-        self._cache.reserve(max(lengths))
-        ids = torch.from_numpy(_padded(batch.last_token[:n], n_padded)).to(self.device)
-        positions = torch.from_numpy(_padded(batch_positions, n_padded)).to(self.device)
-        context = DecodeContext(self._cache, positions, lengths + [1] * (n_padded - n), deterministic=self.deterministic)
-        logits = self._forward.logits(self._forward.hidden(ids, positions, context))[:n]
-        tokens, logprobs = self._sample(logits)
+        lengths = (batch.position[:n] + 1).tolist() + [1] * (n_padded - n)
+        ids = torch.from_numpy(_padded(batch.last_token[:n], n_padded))
+        positions = torch.from_numpy(_padded(batch.position[:n], n_padded))
+        slots = None
+        if prompts:
+            prompt_slots, prompt_positions = slots_and_positions([slot for slot, _ in prompts], [len(tokens) for _, tokens in prompts])
+            ids = torch.cat([ids, torch.tensor([token for _, tokens in prompts for token in tokens])])
+            positions = torch.cat([positions, prompt_positions])
+            slots = torch.cat([torch.arange(n), prompt_slots])
+            self.prefill_tokens += len(prompt_slots)
+        self._cache.reserve(max(*lengths, *(len(tokens) for _, tokens in prompts), 1))
+        positions = positions.to(self.device)
+        context = DecodeContext(self._cache, positions, lengths, slots, deterministic=self.deterministic)
+        hidden = self._forward.hidden(ids.to(self.device), positions, context)
+        tokens, logprobs = self._sample(self._forward.logits(hidden[:n_padded])[:n])
+        self._share(groups)
         self.tokens_generated += n
         done = batch.advance(tokens.cpu().numpy(), logprobs.cpu().numpy())
         self._collect(done.tolist())

@@ -6,6 +6,7 @@ Prefill, decode and K/V recompute all go through here; only the attention contex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from areal.models.attention import AttentionContext, AttentionSpec
 from areal.models.heads import head_of
-from areal.models.loading import forward_hidden
+from areal.models.loading import forward_hidden, head
 
 _LLAMA_FAMILY = {"llama", "mistral", "qwen2", "qwen3"}
 _TABLE_QUANTUM = 1024
@@ -31,7 +32,7 @@ class Forward:
         self._model = model
         self._head = head_of(model)
         self._fused = _FusedLlama(model) if model.config.model_type in _LLAMA_FAMILY and model.config.hidden_act == "silu" else None
-        self.vocab_size = self._head.projection.weight.shape[0]
+        self.vocab_size: int = head(model).weight.shape[0]
 
     def hidden(self, ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Hidden states before the head: ids and positions [T] -> [T, hidden]."""
@@ -46,7 +47,7 @@ class Forward:
 
 @dataclass(slots=True)
 class _Layer:
-    module: nn.Module
+    module: Any
     spec: AttentionSpec
     qkv: Tensor  # [(heads + 2 kv_heads) * d, hidden]
     qkv_bias: Tensor | None
@@ -57,7 +58,8 @@ class _Layer:
 class _FusedLlama:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        self._body = body = model.model
+        self._body: Any = model.model
+        body = self._body
         self._heads = config.num_attention_heads
         self._kv_heads = config.num_key_value_heads
         self._d = body.layers[0].self_attn.head_dim
@@ -86,7 +88,7 @@ class _FusedLlama:
             x = _add_linear(x, F.silu(gate) * up, mlp.down_proj)
         return self._norm(self._body.norm, x)
 
-    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _norm(self, norm: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon) if self._exact_norm else norm(x)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,7 @@ def _add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
     return out if linear.bias is None else out.add_(linear.bias)
 
 
-def _fuse(layer: nn.Module) -> _Layer:
+def _fuse(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _stack([attention.q_proj, attention.k_proj, attention.v_proj])
     gate_up, gate_up_bias = _stack([mlp.gate_proj, mlp.up_proj])

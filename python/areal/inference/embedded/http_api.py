@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.engine_thread import EngineDied, EngineThread
 from areal.inference.embedded.protocol import GenerateCall, answer_json, parse_generate
-from areal.inference.embedded.request import RequestError
+from areal.inference.embedded.request import Answer, RequestError
 from areal.models.loading import load_model
 from areal.ops.weights_hash import weights_hash
 from areal.weight_sync.shm import ShmReader, WeightSyncError
@@ -105,7 +106,7 @@ class EngineServer:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         for index, request in enumerate(call.requests):
-            request.on_token = lambda answer, index=index: loop.call_soon_threadsafe(news.put_nowait, (index, answer))
+            request.on_token = partial(_tell, loop, news, index)
         futures = [self._thread.generate(request) for request in call.requests]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: news.put_nowait((index, done)))
@@ -265,13 +266,17 @@ class EngineServer:
 
 
 @web.middleware
-async def _errors(http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     try:
-        return await handler(http)
+        return await handler(request)
     except RequestError as error:
         return failure(str(error))
     except EngineDied as error:
         return failure(str(error), 503)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[tuple[int, Any]], index: int, answer: Answer) -> None:
+    loop.call_soon_threadsafe(news.put_nowait, (index, answer))
 
 
 def _json(body: bytes) -> Any:

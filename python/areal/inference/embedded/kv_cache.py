@@ -17,6 +17,8 @@ from areal.models.attention import AttentionSpec, PackedContext
 from areal.models.loading import forward_hidden
 from areal.ops.decode_attention import cpp_can, decode_attention
 
+SHORT_PROMPT = 128
+"""Tokens: up to this length the compiled attention beats a packed prefill."""
 _CAPACITY_QUANTUM = 64
 _SPAN_QUANTUM = 16
 """Decode attention covers a multiple of this many positions."""
@@ -32,9 +34,12 @@ class _ShapeProbe:
     """Records what each layer caches: (kv heads, d of K), (kv heads, d of V)."""
 
     shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
+    plain: bool = True
+    """Whether every layer's attention is one that ``ops.decode_attention`` does."""
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        self.shapes[layer_idx] = (tuple(k.shape[1:]), tuple(v.shape[1:]))
+        self.shapes[layer_idx] = (k.shape[1], k.shape[2]), (v.shape[1], v.shape[2])
+        self.plain &= spec.softcap is None and spec.sinks is None and q.shape[2] == k.shape[2] == v.shape[2]
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -47,8 +52,10 @@ class KVCache:
         ids = torch.zeros(2, dtype=torch.long, device=parameter.device)
         forward_hidden(model, ids, torch.arange(2, device=parameter.device), probe)
         self._shapes = probe.shapes
+        self.device = parameter.device
         self._options = {"dtype": parameter.dtype, "device": parameter.device}
-        self.compiled = cpp_can(parameter)
+        self.compiled = probe.plain and cpp_can(parameter)
+        """Whether attention over the slots runs compiled."""
         self.n_slots = n_slots
         self.max_context = max_context
         self.capacity = 0
@@ -92,15 +99,27 @@ class PrefillContext:
     def __init__(self, cache: KVCache, slots: list[int], lengths: list[int]) -> None:
         self._cache = cache
         self._packed = PackedContext(lengths)
-        device = cache._options["device"]
-        counts = torch.tensor(lengths)
-        self._slots = torch.repeat_interleave(torch.tensor(slots), counts).to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        # The compiled op goes token by token: no match for matrix products on long prompts.
+        self._compiled = cache.compiled and max(lengths) <= SHORT_PROMPT
+        self._slots, self.positions = (x.to(cache.device) for x in slots_and_positions(slots, lengths))
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        self._cache.k[layer_idx][self._slots, :, self.positions] = k
-        self._cache.v[layer_idx][self._slots, :, self.positions] = v
+        k_cache, v_cache = self._cache.k[layer_idx], self._cache.v[layer_idx]
+        if self._compiled:
+            window = spec.sliding_window
+            return decode_attention(q, k, v, k_cache, v_cache, self.positions, self._slots, scaling=spec.scaling, window=window)
+        k_cache[self._slots, :, self.positions] = k
+        v_cache[self._slots, :, self.positions] = v
         return self._packed.attend(layer_idx, q, k, v, spec)
+
+
+def slots_and_positions(slots: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """int64 [T] each: where the tokens of whole sequences go."""
+    counts = torch.tensor(lengths)
+    ends = counts.cumsum(0)
+    total = int(ends[-1])
+    positions = torch.arange(total) - torch.repeat_interleave(ends - counts, counts, output_size=total)
+    return torch.repeat_interleave(torch.tensor(slots), counts, output_size=total), positions
 
 
 class DecodeContext:
@@ -111,10 +130,19 @@ class DecodeContext:
     follows from its own length alone, so its result does not depend on the other rows.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, lengths: list[int], *, deterministic: bool = False) -> None:
-        """positions: int64 [R] on the cache's device, where each row's new token goes; lengths: the same, plus 1, on the host."""
+    def __init__(
+        self, cache: KVCache, positions: Tensor, lengths: list[int], slots: Tensor | None = None, *, deterministic: bool = False
+    ) -> None:
+        """
+        Args:
+            positions: int64 [R] on the cache's device, where each row's new token goes.
+            lengths: the same of rows that are slots, plus 1, on the host; only read where not compiled.
+            slots: int64 [R], each row's slot; None = row r is slot r. Compiled only: rows may then share a slot, as a prompt's tokens do.
+        """
+        assert slots is None or cache.compiled
         self._cache = cache
         self._positions = positions
+        self._slots = slots
         self._lengths = lengths
         self._deterministic = deterministic
 
@@ -132,8 +160,9 @@ class DecodeContext:
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         k_cache, v_cache = self._cache.k[layer_idx], self._cache.v[layer_idx]
-        if self._cache.compiled and spec.softcap is None and spec.sinks is None and k.shape == v.shape:
-            return decode_attention(q, k, v, k_cache, v_cache, self._positions, scaling=spec.scaling, window=spec.sliding_window)
+        if self._cache.compiled:
+            window = spec.sliding_window
+            return decode_attention(q, k, v, k_cache, v_cache, self._positions, self._slots, scaling=spec.scaling, window=window)
         k_cache[self._rows, :, self._positions] = k
         v_cache[self._rows, :, self._positions] = v
         n = q.shape[0]

@@ -30,7 +30,7 @@ def sequence_key(seed: int) -> int:
 def keyed_uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) per (sequence key, position in the answer); 53 random bits each."""
     bits = splitmix64(keys ^ positions.view(np.uint64))
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def seed_of_sample(seed: int, sample: int) -> int:

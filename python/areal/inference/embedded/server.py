@@ -46,12 +46,15 @@ def _load_tokenizer(path: str) -> Any:
 
 def build_engine(args: argparse.Namespace) -> EmbeddedEngine:
     import torch
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     from areal.inference.embedded.engine import EmbeddedEngine
+    from areal.inference.embedded.selfcheck import check_engine
 
     disable_progress_bar()
     torch.set_num_threads(args.threads)
+    check_engine(AutoConfig.from_pretrained(args.model, local_files_only=True))
     return EmbeddedEngine(
         args.model,
         device=args.device,
