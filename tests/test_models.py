@@ -1,5 +1,6 @@
 """Packed forward passes against Hugging Face's own eager attention, one sequence at a time."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -8,6 +9,7 @@ from areal.models.attention import AttentionSpec, PackedContext
 from areal.models.heads import packed_logprobs
 from areal.models.loading import create_model, load_model, meta_template, save_model
 from areal.models.packed import _scored_attention
+from areal.models.prefix import find_shared_prompts
 
 torch.set_num_threads(1)
 
@@ -164,6 +166,38 @@ def test_scored_attention_is_split_when_large(monkeypatch):
     split = PackedContext([20] * 3).attend(0, q, q, q, AttentionSpec(1.0, softcap=2.0))
     assert len(calls) == 3
     torch.testing.assert_close(split, whole)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt_oss", "qwen3_moe"])
+def test_shared_prompts_change_nothing(name):
+    """Samples of one prompt in any order, a prompt of its own, a sequence without loss tokens, and a prompt that begins another one."""
+    model = small_model(name, scale=2.0)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 40, (n,), generator=generator) for n in (11, 20, 5)]
+    prompts.append(prompts[1][:8])
+    parts = [(prompts[i], n) for i, n in ((0, 4), (1, 30), (0, 9), (2, 3), (1, 1), (3, 6), (0, 4), (2, 0))]
+    sequences = [torch.cat([p, torch.randint(3, 40, (n,), generator=generator)]) for p, n in parts]
+    mask = torch.cat([torch.arange(len(p) + n) >= len(p) for p, n in parts])
+    lengths = [len(s) for s in sequences]
+    ids, positions = torch.cat(sequences), torch.cat([torch.arange(n) for n in lengths])
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
+    shared = find_shared_prompts(ids.numpy(), cu_seqlens, mask.numpy(), torch.device("cpu"))
+    assert len(shared.computed) == len(ids) - 11 - 11 - 20
+    weight = torch.randn(len(ids), generator=generator)
+    results = []
+    for sharing in (None, shared):
+        model.zero_grad()
+        logprobs, entropy = packed_logprobs(model, ids, positions, lengths, 0.9, rows=mask.nonzero()[:, 0], shared=sharing)
+        (logprobs * weight).sum().backward()
+        results.append((logprobs.detach(), entropy, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=1e-5)
+    for plain, got in zip(results[0][2], results[1][2], strict=True):
+        assert (got - plain).norm() <= 2e-5 * plain.norm().clamp(min=1e-3)
+
+
+def test_nothing_shared_is_none():
+    ids = np.arange(20)
+    assert find_shared_prompts(ids, np.array([0, 10, 20], np.int32), np.tile(np.arange(10) > 4, 2), torch.device("cpu")) is None
 
 
 def test_rows_and_chunks():

@@ -25,7 +25,7 @@ REFUSED = {
     "qwen3_next": ({}, "linear_attention"),
     "qwen2_moe": ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
-    "mamba": ({}, "_supports_attention_backend"),
+    "mamba": ({}, "layers of type"),
     "bloom": ({}, "_supports_attention_backend"),
     "t5": ({}, "encoder-decoder"),
     "clip": ({}, "no causal language model"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
+from areal.models.prefix import SharedTokens
 
 # Config keys with which heads scale their logits: Cohere multiplies, Falcon-H1 too, Granite divides.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -60,16 +61,22 @@ def packed_logprobs(
     *,
     rows: Tensor | None = None,
     chunk_tokens: int = 0,
+    shared: SharedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of packed sequences, float32 [T] each, in nats, of softmax(logits / temperature).
 
     ``logprobs[t]`` is that of token t given those before it in its sequence, ``entropy[t]`` (without gradient) that of the distribution
     it came from; both are 0 where a sequence starts. ``rows`` (int64 indices into T) restricts the head to these tokens, the others are
     0. With ``chunk_tokens`` > 0 the logits of at most so many tokens exist at a time, in backward too, where they are computed again.
+    ``shared`` says which tokens are the same in several sequences (see ``prefix``); the result does not depend on it.
 
     Shapes: ids and positions int64 [T]; ``lengths`` sum to T.
     """
-    hidden = forward_hidden(model, input_ids, position_ids, PackedContext(lengths))
+    context = PackedContext(lengths, shared)
+    if shared is None:
+        hidden = forward_hidden(model, input_ids, position_ids, context)
+    else:
+        hidden = forward_hidden(model, input_ids[shared.computed], position_ids[shared.computed], context)
     if rows is None:
         starts = torch.zeros(len(input_ids), dtype=torch.bool)
         starts[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
@@ -79,7 +86,8 @@ def packed_logprobs(
         # Every parameter takes part, with a gradient of 0: sharded ranks reduce the same gradients whatever their tokens are.
         nothing = head_of(model).logits(hidden[:1]).float().sum() * 0.0
         return zeros + nothing, zeros
-    logprobs, entropy = _score(head_of(model), hidden.index_select(0, rows - 1), input_ids.index_select(0, rows), temperature, chunk_tokens)
+    before = rows - 1 if shared is None else shared.token_of[rows - 1]
+    logprobs, entropy = _score(head_of(model), hidden.index_select(0, before), input_ids.index_select(0, rows), temperature, chunk_tokens)
     return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
 
 

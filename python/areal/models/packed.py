@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from areal.models.prefix import SharedTokens
 
 if TYPE_CHECKING:
     from areal.models.attention import AttentionSpec
@@ -35,11 +37,15 @@ class _Bucket:
 
 
 class PackedContext:
-    """Causal attention within each of the packed sequences of ``lengths`` tokens; together they are the T tokens."""
+    """Causal attention within each of the packed sequences of ``lengths`` tokens; together they are the T tokens.
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    With ``shared``, q, k, v and the result have its U computed tokens instead.
+    """
+
+    def __init__(self, lengths: Sequence[int], shared: SharedTokens | None = None) -> None:
         self.lengths = list(lengths)
-        self._indices: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._shared = shared
+        self._indices: dict[tuple[torch.device, bool], _Indices] = {}
         self._hidden: dict[tuple[int, int | None, torch.device], Tensor] = {}
         self._cu_seqlens: dict[torch.device, Tensor] = {}
 
@@ -51,16 +57,18 @@ class PackedContext:
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """q [T, heads, d], k [T, kv_heads, d], v [T, kv_heads, d_v] -> [T, heads, d_v]."""
-        if q.is_cuda and (out := _varlen(self, q, k, v, spec)) is not None:
-            return out
-        if self._is_even:
-            n, length = len(self.lengths), self.lengths[0]
-            return self._dense(_Bucket(n, length), q, k, v, spec)
-        spread, back, real = self._indices_on(q.device)
+        kernel = _kernel_for(q, v, spec)
+        if self._shared is None and kernel is not None:
+            return kernel(self, q, k, v, spec)
+        if self._shared is None and self._is_even:
+            return self._dense(_Bucket(len(self.lengths), self.lengths[0]), q, k, v, spec)
+        indices = self._indices_on(q.device, in_buckets=kernel is None)
+        q, k, v = (_Spread.apply(x, indices) for x in (q, k, v))
+        if kernel is not None:
+            return _Collect.apply(kernel(self, q, k, v, spec), indices)
         sizes = [b.n * b.length for b in self._plan[1]]
-        parts = (_Spread.apply(x, spread, back).split(sizes) for x in (q, k, v))
-        outputs = [self._dense(bucket, *part, spec) for bucket, *part in zip(self._plan[1], *parts, strict=True)]
-        return _Collect.apply(torch.cat(outputs), spread, back, real)
+        pieces = zip(self._plan[1], q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return _Collect.apply(torch.cat([self._dense(*piece, spec) for piece in pieces]), indices)
 
     @cached_property
     def _is_even(self) -> bool:
@@ -80,25 +88,28 @@ class PackedContext:
             n += 1
         return order, [*buckets, _Bucket(n, longest)]
 
-    def _indices_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """``spread`` [padded]: the packed token of each place; ``back`` [T]: each token's place; ``real`` [padded, 1, 1]: 1 or 0."""
-        if device not in self._indices:
-            order, buckets = self._plan
-            lengths = torch.tensor(self.lengths)
-            starts = torch.cumsum(lengths, 0) - lengths
-            spread, real, done = [], [], 0
-            for bucket in buckets:
-                rows = torch.tensor(order[done : done + bucket.n])
-                done += bucket.n
-                column = torch.arange(bucket.length)
-                last = lengths[rows].unsqueeze(1) - 1
-                spread.append((starts[rows].unsqueeze(1) + torch.minimum(column, last)).flatten())
-                real.append((column <= last).flatten())
-            all_spread, all_real = torch.cat(spread), torch.cat(real)
-            back = torch.empty(int(lengths.sum()), dtype=torch.long)
-            back[all_spread[all_real]] = all_real.nonzero().squeeze(1)
-            self._indices[device] = tuple(x.to(device) for x in (all_spread, back, all_real.float().view(-1, 1, 1)))
-        return self._indices[device]
+    def _indices_on(self, device: torch.device, *, in_buckets: bool) -> _Indices:
+        """Between computed tokens and places: those of the buckets, or the packed tokens themselves."""
+        if (device, in_buckets) not in self._indices:
+            n = sum(self.lengths)
+            spread, real = self._places() if in_buckets else (torch.arange(n), torch.ones(n, dtype=torch.bool))
+            self._indices[device, in_buckets] = _make_indices(spread, real, self._shared, device)
+        return self._indices[device, in_buckets]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The packed token of every place of the buckets, and which places are real."""
+        order, buckets = self._plan
+        lengths = torch.tensor(self.lengths)
+        starts = torch.cumsum(lengths, 0) - lengths
+        spread, real, done = [], [], 0
+        for bucket in buckets:
+            rows = torch.tensor(order[done : done + bucket.n])
+            done += bucket.n
+            column = torch.arange(bucket.length)
+            last = lengths[rows].unsqueeze(1) - 1
+            spread.append((starts[rows].unsqueeze(1) + torch.minimum(column, last)).flatten())
+            real.append((column <= last).flatten())
+        return torch.cat(spread), torch.cat(real)
 
     # -- one bucket -------------------------------------------------------------------------------------------------------------
 
@@ -151,54 +162,98 @@ def _scored_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, spec: Att
     return torch.bmm(weights, v).view(n, heads, length, v.shape[2])
 
 
+@dataclass(frozen=True, slots=True)
+class _Indices:
+    """Between computed tokens (U) and places in attention (P >= U). One place of a token is its home, where its result is taken from."""
+
+    spread: Tensor
+    """int64 [P]: the token at each place."""
+    home: Tensor
+    """int64 [U]: each token's home."""
+    is_home: Tensor
+    """float [P, 1, 1]: 1 or 0."""
+    copies: Tensor
+    """Real places that are not home: a prompt in its other sequences."""
+    copied: Tensor
+    """The tokens there."""
+
+
+def _make_indices(spread: Tensor, real: Tensor, shared: SharedTokens | None, device: torch.device) -> _Indices:
+    if shared is not None:
+        home_of_packed = torch.empty(len(shared.token_of), dtype=torch.long)
+        home_of_packed[spread[real]] = real.nonzero().squeeze(1)
+        home = home_of_packed[shared.computed.cpu()]
+        spread = shared.token_of.cpu()[spread]
+    else:
+        home = torch.empty(int(spread.max()) + 1, dtype=torch.long)
+        home[spread[real]] = real.nonzero().squeeze(1)
+    is_home = torch.zeros(len(spread), dtype=torch.bool)
+    is_home[home] = True
+    copies = (real & ~is_home).nonzero().squeeze(1)
+    return _Indices(*(x.to(device) for x in (spread, home, is_home.float().view(-1, 1, 1), copies, spread[copies])))
+
+
 class _Spread(torch.autograd.Function):
-    """[T, ...] -> [padded, ...]. The gradient is a gather too: places that are not real get none, because nobody uses them."""
+    """[U, ...] -> [P, ...]. The gradient is a gather too: places that are not real get none, because nobody uses them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, spread)
+    def forward(ctx: Any, x: Tensor, indices: _Indices) -> Tensor:
+        ctx.indices = indices
+        return x.index_select(0, indices.spread)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        indices = ctx.indices
+        grad = grads[0].index_select(0, indices.home)
+        if len(indices.copies):
+            grad.index_add_(0, indices.copied, grads[0].index_select(0, indices.copies))
+        return grad, None
 
 
 class _Collect(torch.autograd.Function):
-    """[padded, ...] -> [T, ...]: the inverse on real places."""
+    """[P, ...] -> [U, ...]: what is at the tokens' homes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Tensor, back: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(spread, real)
-        return x.index_select(0, back)
+    def forward(ctx: Any, x: Tensor, indices: _Indices) -> Tensor:
+        ctx.indices = indices
+        return x.index_select(0, indices.home)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        spread, real = ctx.saved_tensors
-        return grads[0].index_select(0, spread).mul_(real.to(grads[0].dtype)), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        indices = ctx.indices
+        return grads[0].index_select(0, indices.spread).mul_(indices.is_home.to(grads[0].dtype)), None
 
 
 # -- CUDA -----------------------------------------------------------------------------------------------------------------------
 
 
-def _varlen(context: PackedContext, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | None:
-    """The packed kernels; None for what they cannot do: float32, sinks, large or unequal head sizes."""
-    if q.dtype not in (torch.float16, torch.bfloat16) or spec.sinks is not None or not q.shape[2] == v.shape[2] <= 256:
-        return None
-    longest = max(context.lengths)
-    window = (-1, 0) if spec.sliding_window is None else (spec.sliding_window - 1, 0)
-    cu_seqlens = context.cu_seqlens_on(q.device)
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
+_Kernel = Callable[["PackedContext", Tensor, Tensor, Tensor, "AttentionSpec"], Tensor]
 
-        left = window[0]
-        return flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-            softmax_scale=spec.scaling, causal=True, window_size=(left, 0 if left >= 0 else -1), softcap=spec.softcap or 0.0,
-        )  # fmt: skip
-    if spec.softcap is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
+
+def _kernel_for(q: Tensor, v: Tensor, spec: AttentionSpec) -> _Kernel | None:
+    """A kernel for packed sequences; None on the CPU and for what none can do: float32, sinks, large or unequal head sizes."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or spec.sinks is not None or not q.shape[2] == v.shape[2] <= 256:
         return None
+    if importlib.util.find_spec("flash_attn") is not None:
+        return _flash_attn
+    if spec.softcap is None and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return _torch_varlen
+    return None
+
+
+def _flash_attn(context: PackedContext, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seqlens, longest = context.cu_seqlens_on(q.device), max(context.lengths)
+    window = (-1, -1) if spec.sliding_window is None else (spec.sliding_window - 1, 0)
+    options = {"softmax_scale": spec.scaling, "causal": True, "window_size": window, "softcap": spec.softcap or 0.0}
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def _torch_varlen(context: PackedContext, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=spec.scaling, window_size=window, **gqa)
+    cu_seqlens, longest = context.cu_seqlens_on(q.device), max(context.lengths)
+    window = (-1, 0) if spec.sliding_window is None else (spec.sliding_window - 1, 0)
+    options = {"scale": spec.scaling, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from areal.algo.loss import ppo_loss, sft_loss
 from areal.config import ActorConfig, OptimizerConfig
 from areal.models.loading import decoder_layers, load_model, meta_template
+from areal.models.prefix import SharedTokens, find_shared_prompts
 from areal.trainer.optimizer import PolicyOptimizer
 from areal.trainer.sharding import add_packed_logprobs, full_tensor, shard_model
 from areal.trainer.step_stats import StepStats
@@ -47,6 +48,7 @@ class _Inputs:
     input_ids: Tensor
     position_ids: Tensor
     lengths: list[int]
+    shared: SharedTokens | None
     rows: Tensor
     loss_mask: Tensor
     behavior_logprobs: Tensor
@@ -194,7 +196,9 @@ class TrainEngine:
         stats.add({"entropy": entropy.sum()})
 
     def _forward(self, x: _Inputs, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, chunk_tokens=self._chunk_tokens)
+        return self.model.packed_logprobs(
+            x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, chunk_tokens=self._chunk_tokens, shared=x.shared
+        )
 
     def _recompute(self, inputs: Sequence[_Inputs]) -> list[Tensor]:
         with torch.no_grad():
@@ -212,6 +216,7 @@ class TrainEngine:
             input_ids=put(mb.input_ids),
             position_ids=put(mb.position_ids),
             lengths=(mb.cu_seqlens[1:] - mb.cu_seqlens[:-1]).tolist(),
+            shared=find_shared_prompts(mb.input_ids, mb.cu_seqlens, mb.loss_mask, self.device),
             rows=put(mb.loss_mask.nonzero()[0]),
             loss_mask=put(mb.loss_mask),
             behavior_logprobs=put(mb.logprobs),

@@ -25,6 +25,8 @@ __all__ = ["CheckpointFailed", "TrainerHandle", "WorkerDied", "WorkerFailed", "W
 
 _PUBLISH_TIMEOUT = 300.0
 _SAVE_TIMEOUT = 3600.0
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20)}
+"""glibc: keep freed activations instead of giving them back and faulting them in again, 8,000 times a step of the demo (20 ms)."""
 
 
 class CheckpointFailed(OSError):
@@ -68,6 +70,7 @@ class TrainerHandle:
     def _start_rank(self, rank: int) -> Link:
         threads = str(self._config.actor.threads)
         env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        env |= {key: value for key, value in _MALLOC.items() if key not in os.environ}
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))  # all ranks are on this machine
         name = f"trainer {rank}"
