@@ -99,7 +99,7 @@ def test_killed_rank_is_named_at_once_and_takes_the_others_down(model_folder, tm
             await handle.train_step(batch)
         assert "trainer 1" in str(await died)
         assert time.monotonic() - begin < 10
-        with pytest.raises(WorkerDied):
+        with pytest.raises(WorkerDied, match="trainer 1"):
             await handle.publish(1)
         assert all(p.poll() is not None for p in processes)
 
@@ -112,7 +112,7 @@ def test_error_in_a_rank_has_its_message(model_folder, tmp_path):
         batch.minibatches[0].ranks[0][0].input_ids[3] = 10_000
         with pytest.raises(WorkerFailed, match=r"trainer 0: .*index out of range"):
             await handle.train_step(batch)
-        with pytest.raises(WorkerDied):
+        with pytest.raises(WorkerFailed, match="index out of range"):
             await handle.train_step(make_batch())
 
     with_trainer(model_folder, tmp_path, scenario)

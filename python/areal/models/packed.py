@@ -256,4 +256,6 @@ def _torch_varlen(context: PackedContext, q: Tensor, k: Tensor, v: Tensor, spec:
     cu_seqlens, longest = context.cu_seqlens_on(q.device), max(context.lengths)
     window = (-1, 0) if spec.sliding_window is None else (spec.sliding_window - 1, 0)
     options = {"scale": spec.scaling, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(out, Tensor)  # it is a tuple when return_aux is asked for
+    return out

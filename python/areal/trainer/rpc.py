@@ -55,6 +55,8 @@ class Link:
         self._unanswered: set[int] = set()  # also calls that nobody waits for any more
         self._sending = threading.Lock()
         self._gone = False
+        self.was_killed = False
+        """Whether its end was ours to decide, and so explains nothing."""
         self._ended: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._read, name=f"read {name}", daemon=True).start()
 
@@ -113,13 +115,13 @@ class Link:
                     if not future.done():
                         future.set_exception(BrokenPipeError())  # turned into WorkerDied by ``call``
             case ("reply", number, result):
-                if (future := self._pending.get(number)) is not None and not future.done():
-                    future.set_result(result)
+                if (waiting := self._pending.get(number)) is not None and not waiting.done():
+                    waiting.set_result(result)
             case ("error", number, failure):
-                if (future := self._pending.get(number)) is not None and not future.done():
+                if (waiting := self._pending.get(number)) is not None and not waiting.done():
                     error = WorkerFailed(f"{self.process.name}: {failure.message}")
                     error.__cause__ = RuntimeError(failure.traceback)
-                    future.set_exception(error)
+                    waiting.set_exception(error)
             case ("event", name, payload):
                 self._on_event(name, payload)
 
@@ -127,6 +129,11 @@ class Link:
         """Returns when the worker has ended, with what to say about it."""
         await asyncio.shield(self._ended)
         return await self._death()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.was_killed = True
+            self.process.kill()
 
     async def close(self, grace: float) -> None:
         """Ends the worker: by a call of its method ``close`` if it is idle, else by signals. Does not raise for a dead one."""

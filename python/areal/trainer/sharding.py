@@ -44,7 +44,7 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) ->
 
 def _check_ties(model: PreTrainedModel) -> None:
     owners: dict[int, int] = {}
-    inside = set()
+    inside: set[int] = set()
     for index, layer in enumerate(decoder_layers(model)):
         inside.update(id(module) for module in layer.modules())
         for name, parameter in layer.named_parameters():

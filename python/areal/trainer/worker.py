@@ -44,6 +44,7 @@ class TrainerHandle:
         self._run_folder = run_folder
         self._order = asyncio.Lock()
         self._links: list[Link] = []
+        self._failure: BaseException | None = None
         self._saves: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._rendezvous = tempfile.TemporaryDirectory(prefix="areal-")
 
@@ -119,8 +120,9 @@ class TrainerHandle:
 
     async def _wait_for_save(self, done: asyncio.Future[dict[str, Any]], folder: Path) -> dict[str, Any]:
         dying = asyncio.create_task(self._links[0].died())
+        both: set[asyncio.Future[Any]] = {done, dying}
         try:
-            await asyncio.wait({done, dying}, timeout=_SAVE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, timeout=_SAVE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         finally:
             dying.cancel()
         if not done.done():
@@ -136,11 +138,15 @@ class TrainerHandle:
         """Returns when a rank has died, with what to say about it; for a task that watches beside the loop."""
         watching = [asyncio.create_task(link.died()) for link in self._links]
         try:
-            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-            return next(iter(done)).result()
+            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in watching:
                 task.cancel()
+        if isinstance(self._failure, WorkerDied):
+            return self._failure
+        # Ranks that were killed because of another one say nothing about the reason.
+        dead = [link for link in self._links if link.process.poll() is not None] or self._links
+        return await min(dead, key=lambda link: link.was_killed).died()
 
     async def close(self) -> None:
         """Ends the ranks, after checkpoints that are being written. May be called twice."""
@@ -162,6 +168,8 @@ class TrainerHandle:
         async with self._order:
             if not self._links:
                 raise RuntimeError(f"the trainer was closed; '{method}' cannot be called any more")
+            if self._failure is not None:
+                raise self._failure
             tasks = [asyncio.create_task(link.call(method, timeout, **arguments(rank))) for rank, link in enumerate(self._links)]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -180,11 +188,7 @@ class TrainerHandle:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
                     died = await self.died()
-        self._kill()
-        failed = next((e for e in errors if isinstance(e, WorkerFailed)), None)
-        return died or failed or errors[0]
-
-    def _kill(self) -> None:
         for link in self._links:
-            if link.process.poll() is None:
-                link.process.kill()
+            link.kill()
+        self._failure = died or next((e for e in errors if isinstance(e, WorkerFailed)), errors[0])
+        return self._failure
