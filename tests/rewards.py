@@ -11,3 +11,8 @@ def raises_sometimes(prompt: str, completions: str, prompt_ids: list[int], compl
 
 def always_nan(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
     return float("nan")
+
+
+def share_of_even_ids(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
+    """Varies within a group also for a random model."""
+    return sum(token % 2 == 0 for token in completion_ids) / len(completion_ids)
