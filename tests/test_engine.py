@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,31 @@ def test_a_prompt_shared_by_many_is_prefilled_once() -> None:
     prompt = list(range(2, 32))
     engine.generate([GenerateRequest(prompt, SamplingParams(max_new_tokens=4)) for _ in range(8)])
     assert engine.prefill_tokens == len(prompt) - 1
+
+
+def test_a_later_sample_copies_the_prompt_of_a_running_one_unless_the_weights_changed_in_place() -> None:
+    engine = EmbeddedEngine(build("qwen2"), max_running_requests=8)
+    prompt = list(range(2, 32))
+    new = build("qwen2", seed=1)
+    answers = []
+    for turn in range(3):
+        engine.submit(GenerateRequest(prompt, SamplingParams(max_new_tokens=40, ignore_eos=True, sampling_seed=turn)))
+        for _ in range(5):
+            engine.step()
+        assert engine.prefill_tokens == (29 if turn < 2 else 58)
+        if turn == 1:
+
+            def load(parameters: Mapping[str, torch.Tensor]) -> int:
+                for name, parameter in new.named_parameters():
+                    parameters[name].copy_(parameter)
+                return 1
+
+            engine.update_weights(load, "in_place")
+    while engine.has_work:
+        answers += engine.step()
+    last = next(a for a in answers if a.request.params.sampling_seed == 2)
+    assert (last.versions == 1).all() and last.cached_tokens == 0
+    assert worst_error(build("qwen2", seed=1), [last]) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(max_running_requests)
         self._finished: list[Answer] = []
         self._stale_kv = False
+        self._donors: dict[bytes, Sequence] = {}
+        """By prompt, a running sequence whose K/V of that prompt is of the current weights."""
 
     # -- requests ---------------------------------------------------------------------------------------------------------------
 
@@ -186,6 +188,8 @@ class EmbeddedEngine:
             self.version = load(self.parameters())
         if (mode or self.update_mode) == "retract":
             self._stale_kv = True
+        else:
+            self._donors.clear()
         for sequence, n_out in zip(self._batch.sequences, self._batch.n_out, strict=False):
             sequence.mark_version(int(n_out), self.version)
 
@@ -212,19 +216,34 @@ class EmbeddedEngine:
         return finished
 
     def _admit(self, groups: list[PrefillGroup]) -> list[tuple[int, list[int]]]:
-        """Gives every sequence a row; returns what is to be prefilled, as (slot, tokens)."""
+        """Gives every sequence a row; returns what is to be prefilled, as (slot, tokens).
+
+        A prompt that a running sequence has too is copied from there, unless that K/V is of older weights (in_place updates).
+        """
         prompts = []
         for group in groups:
-            for index, sequence in enumerate(group.members):
+            leader = group.members[0]
+            tokens = leader.request.input_ids[:-1]
+            donor = None if self.deterministic else self._donors.get(leader.prompt_key)
+            for sequence in group.members:
                 self._batch.add(sequence)
                 sequence.mark_version(0, self.version)
-                sequence.cached_tokens = 0 if index == 0 else len(sequence.request.input_ids) - 1
-            prompts.append((group.members[0].slot, group.members[0].request.input_ids[:-1]))
-        return [(slot, tokens) for slot, tokens in prompts if tokens]
+                sequence.cached_tokens = 0 if sequence is leader and donor is None else len(tokens)
+            if not tokens:
+                continue
+            if donor is None:
+                prompts.append((leader.slot, tokens))
+                self._donors[leader.prompt_key] = leader
+            else:
+                self._cache.copy(donor.slot, [s.slot for s in group.members], len(tokens))
+                group.members.clear()  # nothing left to share
+        return prompts
 
     def _share(self, groups: Sequence_[PrefillGroup]) -> None:
         """Copies every prefilled prompt's K/V to the other sequences of that prompt."""
         for group in groups:
+            if not group.members:
+                continue
             n_tokens = len(group.members[0].request.input_ids) - 1
             if n_tokens and len(group.members) > 1:
                 self._cache.copy(group.members[0].slot, [s.slot for s in group.members[1:]], n_tokens)
@@ -340,6 +359,10 @@ class EmbeddedEngine:
         return next((stop for stop in stops if stop in text), None)
 
     def _drop(self, slots: list[int]) -> None:
+        for slot in slots:
+            sequence = self._batch.sequences[slot]
+            if self._donors.get(sequence.prompt_key) is sequence:
+                del self._donors[sequence.prompt_key]
         for source, target, length in self._batch.drop(slots):
             self._cache.copy(source, [target], length)
 

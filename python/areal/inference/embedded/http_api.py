@@ -16,8 +16,8 @@ import orjson
 from aiohttp import web
 from torch import Tensor
 
+from areal.inference.embedded.driver import EngineDied, EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
-from areal.inference.embedded.engine_thread import EngineDied, EngineThread
 from areal.inference.embedded.protocol import GenerateCall, answer_json, parse_generate
 from areal.inference.embedded.request import Answer, RequestError
 from areal.models.loading import load_model
@@ -42,7 +42,7 @@ class EngineServer:
     def __init__(self, engine: EmbeddedEngine, model_path: str) -> None:
         self._engine = engine
         self._model_path = model_path
-        self._thread = EngineThread(engine, asyncio.get_running_loop())
+        self._driver = EngineDriver(engine)
         self._weight_version = str(engine.version)
         self._hash = ""
         self._readers: dict[str, ShmReader] = {}
@@ -72,11 +72,11 @@ class EngineServer:
         return app
 
     async def start(self) -> None:
-        self._thread.start()
-        self._hash = await self._thread.call(_hash_of)
+        self._driver.start()
+        self._hash = await self._driver.call(_hash_of, is_long=True)
 
-    def stop(self) -> None:
-        self._thread.stop()
+    async def stop(self) -> None:
+        await self._driver.stop()
         for reader in self._readers.values():
             reader.close()
 
@@ -90,12 +90,12 @@ class EngineServer:
             engine.check(request)
         if call.stream:
             return await self._stream(http, call, start)
-        futures = [self._thread.generate(request) for request in call.requests]
+        futures = [self._driver.generate(request) for request in call.requests]
         try:
             answers = [await future for future in futures]
         except asyncio.CancelledError:  # the client has gone
             for rid in {request.rid for request in call.requests}:
-                self._thread.abort_soon(rid)
+                self._driver.abort_soon(rid)
             raise
         latency = time.perf_counter() - start
         contents = [answer_json(answer, call, engine.tokenizer, self._weight_version, latency) for answer in answers]
@@ -107,7 +107,7 @@ class EngineServer:
         news: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         for index, request in enumerate(call.requests):
             request.on_token = partial(_tell, loop, news, index)
-        futures = [self._thread.generate(request) for request in call.requests]
+        futures = [self._driver.generate(request) for request in call.requests]
         for index, future in enumerate(futures):
             future.add_done_callback(lambda done, index=index: news.put_nowait((index, done)))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -126,7 +126,7 @@ class EngineServer:
             await response.write(b"data: [DONE]\n\n")
         except (asyncio.CancelledError, ConnectionError):  # the client has gone
             for rid in {request.rid for request in call.requests}:
-                self._thread.abort_soon(rid)
+                self._driver.abort_soon(rid)
             raise
         return response
 
@@ -135,18 +135,18 @@ class EngineServer:
         if not body.get("abort_all") and not isinstance(body.get("rid"), str):
             return failure("give rid, the id of the request to be aborted, or abort_all: true")
         rid = None if body.get("abort_all") else body["rid"]
-        n = await self._thread.call(lambda engine: engine.abort(rid))
+        n = await self._driver.call(lambda engine: engine.abort(rid))
         return json_response({"success": True, "aborted": n})
 
     async def pause_generation(self, http: web.Request) -> web.Response:
         mode = _object(await http.read()).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
             return failure(f"mode is {mode!r}; it must be abort, retract or in_place")
-        await self._thread.call(lambda engine: engine.pause(mode))
+        await self._driver.call(lambda engine: engine.pause(mode))
         return json_response({"status": "ok", "message": "Generation paused successfully."})
 
     async def continue_generation(self, http: web.Request) -> web.Response:
-        await self._thread.call(lambda engine: engine.resume())
+        await self._driver.call(lambda engine: engine.resume())
         return json_response({"status": "ok", "message": "Generation continued successfully."})
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
@@ -214,11 +214,11 @@ class EngineServer:
                 engine.abort(None)
             engine.update_weights(load, None if mode == "abort" else mode)
             result = engine.version, _hash_of(engine)
-            self._thread.add_span("weight_sync", start, time.time())
+            self._driver.add_span("weight_sync", start, time.time())
             return result
 
         try:
-            version, self._hash = await self._thread.call(update)
+            version, self._hash = await self._driver.call(update, is_long=True)
         except (ValueError, OSError) as error:
             return failure(f"the weights were not updated: {error}")
         self._weight_version = label or str(version)
@@ -228,8 +228,8 @@ class EngineServer:
     # -- information ------------------------------------------------------------------------------------------------------------
 
     async def health(self, http: web.Request) -> web.Response:
-        if self._thread.failure is not None:
-            return failure(f"the engine has failed: {self._thread.failure!r}", 503)
+        if self._driver.failure is not None:
+            return failure(f"the engine has failed: {self._driver.failure!r}", 503)
         return web.Response()
 
     async def model_info(self, http: web.Request) -> web.Response:
@@ -245,7 +245,7 @@ class EngineServer:
         )
 
     async def engine_stats(self, http: web.Request) -> web.Response:
-        stats = await self._thread.call(self._stats)
+        stats = await self._driver.call(self._stats)
         return json_response(stats)
 
     def _stats(self, engine: EmbeddedEngine) -> dict[str, Any]:
@@ -256,8 +256,8 @@ class EngineServer:
             "waiting": engine.n_waiting,
             "version": engine.version,
             "hash": self._hash,
-            "busy_seconds": self._thread.busy_seconds,
-            "spans": self._thread.drain_spans(),
+            "busy_seconds": self._driver.busy_seconds,
+            "spans": self._driver.drain_spans(),
         }
 
     async def flush_cache(self, http: web.Request) -> web.Response:

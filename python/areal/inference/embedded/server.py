@@ -1,6 +1,6 @@
 """One embedded engine as a process: ``python -m areal.inference.embedded.server --model DIR --port P``.
 
-Two threads: the main one serves HTTP (asyncio, http_api), the other owns the engine (engine_thread).
+HTTP (http_api) and the engine (driver) share one event loop.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def _load_tokenizer(path: str) -> Any:
 
 
 def build_engine(args: argparse.Namespace) -> EmbeddedEngine:
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when torch is imported; set_num_threads does not reach every library
     import torch
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
@@ -82,7 +84,7 @@ async def serve(args: argparse.Namespace, engine: EmbeddedEngine) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await ended.wait()
-    server.stop()
+    await server.stop()
     await runner.cleanup()
 
 
