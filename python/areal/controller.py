@@ -30,6 +30,7 @@ from areal.algo.advantage import compute_advantages
 from areal.buffer import TrajectoryBuffer
 from areal.cluster import Cluster
 from areal.config import GRPOConfig
+from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
 from areal.packer import make_train_batch
@@ -135,7 +136,7 @@ class PPOTrainer:
         runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops)
         generating = tasks.create_task(runner.run(), name="runner")
         await cluster.read_engines()  # what the evaluation generated is not the first step's
-        clock = StepClock()
+        clock, probe = StepClock(), DriftProbe(cluster)
         with ExitStack() as files:
             log = files.enter_context(TrajectoryLog(self.run_folder / "trajectories.jsonl", cluster.tokenizer)) if self._dumps else None
             for step in range(config.total_train_steps):
@@ -149,6 +150,7 @@ class PPOTrainer:
                 clock.trained()
                 await cluster.publish(step + 1)
                 row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
+                await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
                 self._side_work(tasks, step + 1)
         generating.cancel()

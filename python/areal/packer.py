@@ -50,11 +50,12 @@ def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> Non
 
 def _make_minibatch(samples: list[Trajectory], advantages: list[NDArray[np.float32]], capacity: int, world_size: int) -> Minibatch:
     plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size)
-    ranks = [[_pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
+    ranks = [[pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
     return Minibatch(ranks, denominator=float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples))))
 
 
-def _pack(samples: list[Trajectory], advantages: list[NDArray[np.float32]]) -> Microbatch:
+def pack(samples: list[Trajectory], advantages: list[NDArray[np.float32]]) -> Microbatch:
+    """One micro-batch of these samples, in their order; without samples one that nothing is learned from."""
     if not samples:
         return _fill_up()
     lengths = np.array([len(sample) for sample in samples])

@@ -73,6 +73,9 @@ class Rank:
         stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
         return stats if self._is_first else None
 
+    def rpc_logprobs(self, microbatch: Microbatch) -> Any:
+        return self._engine.logprobs(microbatch).numpy()
+
     def rpc_set_optimizer(self, config: OptimizerConfig) -> None:
         self._engine.set_optimizer(config)
 

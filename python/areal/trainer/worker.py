@@ -16,10 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from areal.config import GRPOConfig, OptimizerConfig
 from areal.config_check import parse_backend
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
-from areal.types import Minibatch, TrainBatch
+from areal.types import Microbatch, Minibatch, TrainBatch
 
 __all__ = ["CheckpointFailed", "TrainerHandle", "WorkerDied", "WorkerFailed", "WorkerTimeout"]
 
@@ -94,6 +97,10 @@ class TrainerHandle:
             return {"minibatch": (minibatch.ranks[rank], minibatch.denominator), "lr_scale": lr_scale}
 
         return await self._call_all("sft_step", self._config.actor.step_timeout, part)
+
+    async def logprobs(self, microbatch: Microbatch) -> NDArray[np.float32]:
+        """Log-probs [T] of the loss tokens under the current weights, 0 elsewhere; every rank computes all of it."""
+        return await self._call_all("logprobs", self._config.actor.step_timeout, lambda rank: {"microbatch": microbatch})
 
     async def set_optimizer(self, config: OptimizerConfig) -> None:
         """A new optimizer with empty state."""
