@@ -122,7 +122,7 @@ def test_unknown_values_are_dashes(make: Make) -> None:
     display.step({"step": 1})
     display.step({**dict.fromkeys(ROW), "step": 2, "loss": math.nan, "reward": math.inf})
     assert "reward –" in file.getvalue()
-    assert "no token of this version" in panel(display, 100)
+    assert "not measured yet" in panel(display, 100)
 
 
 def test_drift_warns_once_and_recovers(make: Make) -> None:

@@ -91,6 +91,8 @@ class Display:
                 state.history.clear()  # what the warm-up left
             state.enter("training")
         state.row = dict(row)
+        if is_number(row.get("logprob_drift_max")):
+            state.drift = (row["logprob_drift_max"], row.get("step", 0))
         state.remember(row, _HISTORY)
         self._watch_drift(row)
         if self._live is None:

@@ -32,6 +32,8 @@ class RunState:
     warmup_total: int = 0
     warmup: dict[str, Any] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)
+    drift: tuple[float | None, int] = (None, 0)
+    """Largest difference of the log-probs when it was last measured, and the step of that."""
     history: dict[str, list[float]] = field(default_factory=dict)
 
     def enter(self, phase: str) -> None:
@@ -172,8 +174,8 @@ class RunPanel:
             )
         _line(table, "staleness", number(row.get("staleness_mean"), 2), f"max {row.get('staleness_max', '–')} of {eta} allowed")
         _line(table, "groups", count(row.get("inflight_groups")), f"in flight, {count(row.get('buffer_groups'))} ready")
-        drift, bound = row.get("logprob_drift_max"), self.state.drift_bound
-        verdict = "no token of this version" if not is_number(drift) else f"under {bound:.0e}" if drift <= bound else f"OVER {bound:.0e}"
+        (drift, step), bound = self.state.drift, self.state.drift_bound
+        verdict = "not measured yet" if not is_number(drift) else f"{'under' if drift <= bound else 'OVER'} {bound:.0e}, step {step}"
         style = "bold red" if is_number(drift) and drift > bound else ""
         _line(table, "drift", Text(tiny(drift), style=style), Text(verdict, style=style))
         return table
