@@ -18,6 +18,8 @@ from areal.types import Group, ModelRequest, ModelResponse, Trajectory
 
 PROBE_EVERY = 20
 """Train steps without a comparison before a probe is made; it costs some 30 decode steps."""
+ENOUGH_TOKENS = 64
+"""Fewer are no comparison worth the name: often they are nothing but ends of sequences."""
 _N_PROMPTS = 8
 _MAX_NEW_TOKENS = 32
 
@@ -30,20 +32,20 @@ class DriftProbe:
         self._steps_without = 0
 
     async def complete(self, row: dict[str, Any], groups: Sequence[Group], version: int) -> None:
-        """Fills ``logprob_drift_mean`` and ``logprob_drift_max`` of ``row`` where they are None and a probe is due.
+        """Replaces the ``logprob_drift_*`` of ``row`` by a probe's when one is due.
 
         Trainer and servers must be on their way to ``version``, and no train step may begin before this returns.
         """
-        if row["logprob_drift_max"] is not None:
+        if row["logprob_drift_tokens"] >= ENOUGH_TOKENS:
             self._steps_without = 0
             return
         self._steps_without += 1
         if self._steps_without >= PROBE_EVERY:
             self._steps_without = 0
-            row["logprob_drift_mean"], row["logprob_drift_max"] = await self._measure(groups, version)
+            row |= await self._measure(groups, version)
 
-    async def _measure(self, groups: Sequence[Group], version: int) -> tuple[float | None, float | None]:
-        """Mean and maximum of |engine - trainer| over the tokens that ``version`` sampled; None without such tokens."""
+    async def _measure(self, groups: Sequence[Group], version: int) -> dict[str, float | int | None]:
+        """|engine - trainer| over the tokens that ``version`` sampled."""
         cluster, gconfig = self._cluster, self._cluster.config.gconfig
         short = gconfig.new(n_samples=1, max_new_tokens=min(_MAX_NEW_TOKENS, gconfig.max_new_tokens), min_new_tokens=0)
         capacity = cluster.config.actor.mb_spec.max_tokens_per_mb
@@ -56,7 +58,7 @@ class DriftProbe:
                 break
             prompts.append(prompt)
         if not prompts:
-            return None, None
+            return {}
         await cluster.wait_for_version(version)
         answers = await asyncio.gather(*(cluster.client.agenerate(ModelRequest(prompt, short)) for prompt in prompts))
         samples = [_sample(answer) for answer in answers]
@@ -64,7 +66,13 @@ class DriftProbe:
         logprobs = await cluster.trainer.logprobs(microbatch)
         same = microbatch.loss_mask & (microbatch.versions == version)
         difference = np.abs(logprobs - microbatch.logprobs)[same]
-        return (float(difference.mean()), float(difference.max())) if difference.size else (None, None)
+        if not difference.size:
+            return {}
+        return {
+            "logprob_drift_mean": float(difference.mean()),
+            "logprob_drift_max": float(difference.max()),
+            "logprob_drift_tokens": difference.size,
+        }
 
 
 def _sample(answer: ModelResponse) -> Trajectory:

@@ -90,6 +90,7 @@ def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
         **{key: stats[key] for key in keys},
         "logprob_drift_mean": drift["mean_abs"],
         "logprob_drift_max": drift["max_abs"],
+        "logprob_drift_tokens": drift["n"],
     }
 
 
