@@ -47,7 +47,8 @@ uint64_t copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, unsigne
   return areal::copy_and_hash(segments, threads, instruction_set);
 }
 
-// addresses: q, k, v, k_cache, v_cache, positions, slots or 0, out; sizes: rows, heads, kv_heads, capacity, d, row strides of q, k, v, window.
+// addresses: q, k, v, k_cache, v_cache, positions, slots or 0, out; sizes: rows, heads, kv_heads, capacity, d, row strides of q, k, v,
+// window.
 void decode_attention(const std::array<uintptr_t, 8>& addresses, const std::array<int64_t, 9>& sizes, float scaling, unsigned threads,
                       const std::string& instruction_set) {
   py::gil_scoped_release release;

@@ -72,7 +72,8 @@ AREAL_INLINE void weighted_sum(const float* weights, const float* v, int64_t n, 
   for (int i = 0; i < N; ++i) store8(out + i * kWidth, even[i] + odd[i]);
 }
 
-AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, int64_t n, int64_t d, float scaling, float* scores, float* out) {
+AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, int64_t n, int64_t d, float scaling, float* scores,
+                              float* out) {
   float largest = -__builtin_inff();
   for (int64_t j = 0; j < n; ++j) {
     const float score = dot(q, k + j * d, d) * scaling;
@@ -110,8 +111,8 @@ void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, float*
     const int64_t slot = call.slots == nullptr ? row : call.slots[row];
     for (int64_t head = 0; head < call.heads; ++head) {
       const int64_t start = ((slot * call.kv_heads + head / group) * call.capacity + first) * d;
-      attend_head(call.q + row * call.q_stride + head * d, call.k_cache + start, call.v_cache + start, position + 1 - first, d, call.scaling,
-                  scores, call.out + (row * call.heads + head) * d);
+      attend_head(call.q + row * call.q_stride + head * d, call.k_cache + start, call.v_cache + start, position + 1 - first, d,
+                  call.scaling, scores, call.out + (row * call.heads + head) * d);
     }
   }
 }
