@@ -163,10 +163,13 @@ def test_streaming_sends_growing_answers(server: Server) -> None:
         ({"input_ids": [3], "sampling_params": {"tempreature": 1}}, "unknown field 'tempreature'"),
         ({"input_ids": [3], "sampling_params": {"n": 0}}, "n is 0"),
         ({"input_ids": [3], "rid": 7}, "rid must be a string"),
+        ({"input_ids": [3], "sampling_params": {"stop_token_ids": [2**63]}}, "no 64-bit number"),
+        ({"input_ids": [3], "sampling_params": {"top_k": 2**63}}, "no 64-bit number"),
     ],
 )
 def test_bad_requests_get_a_sentence(server: Server, content: Any, sentence: str) -> None:
     assert sentence in server.refusal("/generate", content)
+    assert server.post("/generate", {"input_ids": [3], "sampling_params": {"max_new_tokens": 1}})  # the engine lives on
 
 
 def background(server: Server, content: dict[str, Any]) -> tuple[threading.Thread, list[Any]]:

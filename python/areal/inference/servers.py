@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from areal.config import GRPOConfig
-from areal.launcher.local import ChildProcess, free_port
+from areal.launcher.local import ChildProcess
 
 
 class ServerStartError(RuntimeError):
@@ -55,11 +56,28 @@ def rollout_device(config: GRPOConfig, index: int) -> str:
 
 async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, restarts: int = 0) -> RolloutServer:
     """Starts server ``index`` and waits until it answers; raises ``ServerStartError`` with its last log lines."""
-    rollout, port = config.rollout, free_port()
+    rollout = config.rollout
+    # Bound here and handed on: a port that was merely free a moment ago may be another run's server by the time this one is asked.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        process = _start_process(config, model_dir, run_dir, index, bound)
+    server = RolloutServer(index, f"http://127.0.0.1:{port}", process, restarts)
+    try:
+        await _wait_ready(server, rollout.startup_timeout)
+    except BaseException:  # also when cancelled: a process that nobody waits for any more must not stay
+        process.kill()
+        raise
+    return server
+
+
+def _start_process(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, bound: socket.socket) -> ChildProcess:
+    rollout = config.rollout
     arguments = {
         "model": model_dir,
         "host": "127.0.0.1",
-        "port": port,
+        "port": bound.getsockname()[1],
+        "fd": bound.fileno(),
         "device": rollout_device(config, index),
         "dtype": config.actor.dtype,
         "max-running-requests": rollout.max_running_requests,
@@ -73,14 +91,7 @@ async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index
     if config.deterministic:
         argv.append("--deterministic")
     env = {"OMP_NUM_THREADS": str(rollout.threads), "HF_HUB_OFFLINE": "1"}
-    process = ChildProcess(f"rollout {index}", argv, run_dir / "logs" / f"rollout_{index}.log", env)
-    server = RolloutServer(index, f"http://127.0.0.1:{port}", process, restarts)
-    try:
-        await _wait_ready(server, rollout.startup_timeout)
-    except BaseException:  # also when cancelled: a process that nobody waits for any more must not stay
-        process.kill()
-        raise
-    return server
+    return ChildProcess(f"rollout {index}", argv, run_dir / "logs" / f"rollout_{index}.log", env, pass_fds=(bound.fileno(),))
 
 
 async def _wait_ready(server: RolloutServer, timeout: float) -> None:

@@ -43,8 +43,10 @@ class _Command:
 class EngineDriver:
     """To be used on the event loop only."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
+    def __init__(self, engine: EmbeddedEngine, on_failure: Callable[[], None] = lambda: None) -> None:
+        """``on_failure`` is called once, when the engine has failed and everybody who waited was told."""
         self.engine = engine
+        self._on_failure = on_failure
         self.busy_seconds = 0.0
         self.failure: BaseException | None = None
         self._commands: deque[_Command] = deque()
@@ -115,6 +117,7 @@ class EngineDriver:
             logger.exception("the engine failed")
             self.failure = error
             self._fail_all()
+            self._on_failure()
 
     async def _step(self) -> list[Answer]:
         start = time.time()

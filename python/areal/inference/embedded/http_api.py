@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,15 @@ def failure(sentence: str, status: int = 400) -> web.Response:
 class EngineServer:
     """The HTTP side of one engine."""
 
-    def __init__(self, engine: EmbeddedEngine, model_path: str) -> None:
+    def __init__(self, engine: EmbeddedEngine, model_path: str, on_failure: Callable[[], None] = lambda: None) -> None:
         self._engine = engine
         self._model_path = model_path
-        self._driver = EngineDriver(engine)
+        self._driver = EngineDriver(engine, on_failure)
         self._weight_version = str(engine.version)
         self._hash = ""
         self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
+        self._updates: set[asyncio.Task[web.Response]] = set()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30, middlewares=[_errors])
@@ -74,6 +75,11 @@ class EngineServer:
     async def start(self) -> None:
         self._driver.start()
         self._hash = await self._driver.call(_hash_of, is_long=True)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine."""
+        return self._driver.failure
 
     async def stop(self) -> None:
         await self._driver.stop()
@@ -161,17 +167,20 @@ class EngineServer:
             dtype = next(self._engine.model.parameters()).dtype
             return dict(load_model(path, dtype=dtype).named_parameters())
 
-        async with self._update_lock:
-            try:
-                tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
-            except (OSError, ValueError) as error:
-                return failure(f"model_path {path} cannot be loaded: {error}")
+        async def update() -> web.Response:
+            async with self._update_lock:
+                try:
+                    tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
+                except (OSError, ValueError) as error:
+                    return failure(f"model_path {path} cannot be loaded: {error}")
 
-            def load(parameters: Mapping[str, Tensor]) -> int:
-                _copy_all(tensors, parameters)
-                return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
+                def load(parameters: Mapping[str, Tensor]) -> int:
+                    _copy_all(tensors, parameters)
+                    return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
 
-            return await self._update(load, body, None if label is None else str(label))
+                return await self._update(load, body, None if label is None else str(label))
+
+        return await self._to_the_end(update())
 
     async def update_weights_from_shm(self, http: web.Request) -> web.Response:
         body = _object(await http.read())
@@ -185,18 +194,28 @@ class EngineServer:
                 reader = self._readers[name] = ShmReader(name)
             return reader, reader.fetch(version, _SHM_TIMEOUT)[0]
 
-        async with self._update_lock:
-            try:
-                reader, found = await asyncio.to_thread(fetch)  # beside generation; only the copy into the parameters interrupts it
-            except (ValueError, OSError, WeightSyncError) as error:
-                self._forget_reader(name)
-                return failure(f"the weights were not updated: {error}")
+        async def update() -> web.Response:
+            async with self._update_lock:
+                try:
+                    reader, found = await asyncio.to_thread(fetch)  # beside generation; only the copy into the parameters interrupts it
+                except (ValueError, OSError, WeightSyncError) as error:
+                    self._forget_reader(name)
+                    return failure(f"the weights were not updated: {error}")
 
-            def load(parameters: Mapping[str, Tensor]) -> int:
-                reader.apply(parameters)
-                return found
+                def load(parameters: Mapping[str, Tensor]) -> int:
+                    reader.apply(parameters)
+                    return found
 
-            return await self._update(load, body, None)
+                return await self._update(load, body, None)
+
+        return await self._to_the_end(update())
+
+    async def _to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
+        """Also when the client goes: the next update must not find the staging memory in use by a thread that nobody waits for."""
+        task = asyncio.create_task(update)
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+        return await asyncio.shield(task)
 
     def _forget_reader(self, name: str) -> None:
         """The next update opens the segment anew: another publisher may have the name by then."""

@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+_INT64 = 1 << 63
+
+
 class RequestError(ValueError):
     """A request that cannot be served, told in one sentence."""
 
@@ -44,6 +47,9 @@ class SamplingParams:
             raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
             raise RequestError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        for name, value in (("top_k", self.top_k), *(("stop_token_ids", token) for token in self.stop_token_ids)):
+            if not -_INT64 <= value < _INT64:
+                raise RequestError(f"{name} has {value}, which is no 64-bit number")
 
 
 @dataclass(slots=True)

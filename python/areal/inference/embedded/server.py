@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("areal.server")
 
 
+class ServeError(OSError):
+    """The server cannot start, in one sentence."""
+
+
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="areal.inference.embedded.server", description="Serve a model with the embedded engine.")
     parser.add_argument("--model", required=True, help="Hugging Face model directory")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--fd", type=int, help="a socket that is bound to --host and --port already")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--max-running-requests", type=int, default=64, help="sequences decoded at once")
@@ -69,35 +75,54 @@ def build_engine(args: argparse.Namespace) -> EmbeddedEngine:
     )
 
 
-async def serve(args: argparse.Namespace, engine: EmbeddedEngine) -> None:
+def _bind(args: argparse.Namespace) -> socket.socket:
+    """The socket to listen on; before the model is loaded, so that a port in use is told at once."""
+    if args.fd is not None:
+        return socket.socket(fileno=args.fd)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {args.host}:{args.port} ({error.strerror}); give another --host or --port") from error
+    return bound
+
+
+async def serve(args: argparse.Namespace, engine: EmbeddedEngine, bound: socket.socket) -> int:
+    """Until a signal comes (0), or the engine fails (1): a server without an engine must not look alive."""
     from aiohttp import web
 
     from areal.inference.embedded.http_api import EngineServer
 
-    server = EngineServer(engine, args.model)
+    ended = asyncio.Event()
+    server = EngineServer(engine, args.model, on_failure=ended.set)
     runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=2.0)
     await runner.setup()
     await server.start()
-    await web.TCPSite(runner, args.host, args.port, backlog=1024).start()
+    await web.SockSite(runner, bound, backlog=1024).start()
     logger.info("serving %s on http://%s:%d (%s)", args.model, args.host, args.port, args.device)
-    ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await ended.wait()
     await server.stop()
     await runner.cleanup()
+    if server.failure is None:
+        return 0
+    print(f"error: the engine failed: {server.failure!r}; the traceback is above", file=sys.stderr)
+    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        bound = _bind(args)
         engine = build_engine(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    asyncio.run(serve(args, engine))
-    return 0
+    return asyncio.run(serve(args, engine, bound))
 
 
 if __name__ == "__main__":
