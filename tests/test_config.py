@@ -147,6 +147,18 @@ def test_wrong_value(good: Path, override: str) -> None:
     assert WRONG[override] in refusal([good, override]).message
 
 
+def test_evaluation_samples_as_training_does_but_for_what_it_sets(good: Path, tmp_path: Path) -> None:
+    words = ["gconfig.temperature=0.9", "gconfig.stop=[x]", "gconfig.n_samples=4", "evaluator.gconfig.top_p=0.5"]
+    config, _ = load_expr_config([str(good), *words])
+    gconfig = config.evaluator.gconfig
+    assert gconfig == config.gconfig.new(top_p=0.5, n_samples=1)
+    (tmp_path / "resolved.yaml").write_text(dump_yaml(config))
+    assert load_expr_config([str(tmp_path / "resolved.yaml")])[0] == config
+    assert config.new(seed=3).evaluator.gconfig == gconfig
+    with pytest.raises(ConfigError, match=r"max_context=200 is shorter than the longest sequence of an evaluation, 348 tokens"):
+        load_expr_config([str(good), "rollout.max_context=200", "evaluator.gconfig.max_new_tokens=300"])
+
+
 CLASHES = {
     "rollout.backend=vllm:d1": ("the backend 'vllm' is not known", "use embedded:dN"),
     "rollout.backend=embedded": ("is not a backend", "embedded:d1"),

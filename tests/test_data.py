@@ -137,14 +137,27 @@ def test_validation_rows_keep_their_order(numbers):
 
 
 def test_a_users_own_sequence_of_rows():
-    dataset = PromptDataset([{"prompt": "a", "x": 1}, {"messages": []}, {"nothing": 0}], shuffle=False, name="mine")
-    assert take(dataset, 3) == [
+    dataset = PromptDataset([{"prompt": "a", "x": 1}, {"messages": []}, {"own": 0}, "text"], shuffle=False, name="mine")
+    assert take(dataset, 4) == [
         {"prompt_id": "mine/0", "prompt": "a", "x": 1, "epoch": 0},
         {"prompt_id": "mine/1", "messages": [], "epoch": 0},
+        {"prompt_id": "mine/2", "own": 0, "epoch": 0},
         {"prompt_id": "mine/0", "prompt": "a", "x": 1, "epoch": 1},
     ]
     with pytest.raises(ConfigError, match="mine has no rows"):
         PromptDataset([], name="mine")
+    with pytest.raises(ConfigError, match="mine is a set"):
+        PromptDataset({1}, name="mine")
+
+
+def test_rows_given_in_place_of_those_of_the_config():
+    config = DatasetConfig(type="given", prompt_key="q", shuffle=False)
+    rows = load_dataset(config, given=[{"q": "a", "answer": "1"}, {"q": 7}, {"prompt": "b", "q": "c"}]).first(3)
+    assert rows[0]["messages"] == [{"role": "user", "content": "a"}] and rows[0]["q"] == "a"
+    assert rows[1] == {"prompt_id": "train_dataset/1", "q": 7, "epoch": 0}
+    assert rows[2]["prompt"] == "b" and "messages" not in rows[2]
+    with pytest.raises(ConfigError, match="no rows were given"):
+        load_dataset(config)
 
 
 def test_huggingface_datasets(tmp_path):

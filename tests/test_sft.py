@@ -54,6 +54,11 @@ def test_unusable_demonstrations_are_dropped_and_counted(tmp_path, tokenizer):
     texts = [tokenizer.decode(sample.input_ids) for sample in demonstrations.batch(2)]
     assert texts == ["a1=#1<eos>"] * 2
     assert demonstrations.dropped == {"malformed_row": 5, "too_long": 1}
+    dataset = DatasetConfig(type="given", prompt_key="q", chat_template=False, shuffle=False, max_prompt_len=3)
+    config = arithmetic_config(dataset=None).new(train_dataset=dataset)
+    demonstrations = load_demonstrations(config, tokenizer, [{"q": "a1=", "answer": "#1"}, {"q": "a1b+1=", "answer": "#2"}])
+    assert [tokenizer.decode(sample.input_ids) for sample in demonstrations.batch(2)] == ["a1=#1<eos>"] * 2
+    assert demonstrations.dropped == {"prompt_too_long": 1}
 
 
 def test_nothing_but_unusable_demonstrations_is_an_error_not_a_hang(tokenizer):

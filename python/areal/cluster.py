@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from areal.config import GRPOConfig
-from areal.data import PromptDataset, load_dataset
+from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightsAck
@@ -52,7 +53,7 @@ class Cluster:
         self.weights: Weights | None = None
         self.servers: list[RolloutServer] = []
         self._digests: dict[int, str] = {}  # of the last versions published
-        self._given = (train_dataset, valid_dataset)
+        self.given_rows = (train_dataset, valid_dataset)
         self._resources = AsyncExitStack()
         self._published = asyncio.Event()
         self._acknowledged = asyncio.Event()
@@ -61,8 +62,8 @@ class Cluster:
 
     async def open(self) -> None:
         config = self.config
-        train, valid = self._given
-        self.train_dataset = load_dataset(config.train_dataset, config.seed, "train") if train is None else _as_dataset(train, config.seed)
+        train, valid = self.given_rows
+        self.train_dataset = train if isinstance(train, Iterator) else load_dataset(config.train_dataset, config.seed, given=train)
         self.valid_rows = held_out_rows(config, valid)
         self.run_folder = create_run_folder(config)
         self.model_folder = prepare_model(config, self.run_folder)
@@ -226,10 +227,12 @@ class Cluster:
         self.stats.step(row)
         self.display.step(row)
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Groups and rows that were lost so far, by cause."""
+        rows: Counter[str] = getattr(self.train_dataset, "dropped", Counter())
+        return dict(sorted((rows + Counter(self.drops.totals)).items()))
+
     def finish(self, totals: RunTotals, samples: Sequence[SampleAnswer]) -> None:
         self.stats.summary(asdict(totals))
         self.display.finish(totals, samples)
-
-
-def _as_dataset(rows: Any, seed: int) -> Any:
-    return rows if hasattr(rows, "__next__") else PromptDataset(rows, seed=seed)

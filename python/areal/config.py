@@ -201,8 +201,8 @@ class ActorConfig(_Node):
 class DatasetConfig(_Node):
     """Where prompts come from."""
 
-    type: Literal["arithmetic", "jsonl", "huggingface"] = "jsonl"
-    """arithmetic is generated, jsonl a file, huggingface a data set of the `datasets` library."""
+    type: Literal["arithmetic", "jsonl", "huggingface", "given"] = "jsonl"
+    """arithmetic is generated, jsonl a file, huggingface a data set of the `datasets` library, given the rows a script hands over."""
     path: str = ""
     """JSONL file, or the name or folder of a Hugging Face data set."""
     split: str = "train"
@@ -228,7 +228,7 @@ class DatasetConfig(_Node):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.type != "arithmetic" and not self.path:
+        if self.type in ("jsonl", "huggingface") and not self.path:
             raise ValueError(f"a data set of type '{self.type}' needs path")
         if self.max_terms < self.min_terms:
             raise ValueError(f"max_terms={self.max_terms} is smaller than min_terms={self.min_terms}; raise it")
@@ -278,7 +278,7 @@ class EvaluatorConfig(_Node):
     n_prompts: int = Field(512, ge=0)
     """Held-out prompts, one sample each; 0 = no evaluation."""
     gconfig: GenerationConfig | None = None
-    """Sampling in evaluation; null = that of training with one sample."""
+    """Sampling in evaluation; what it does not give is as in training, with one sample."""
 
 
 class StatsLoggerConfig(_Node):
@@ -330,3 +330,28 @@ class GRPOConfig(_Node):
     saver: SaverConfig = Field(default_factory=SaverConfig)
     evaluator: EvaluatorConfig = Field(default_factory=EvaluatorConfig)
     stats_logger: StatsLoggerConfig = Field(default_factory=StatsLoggerConfig)
+
+    @property
+    def held_out(self) -> DatasetConfig:
+        """The data set of held-out prompts; the arithmetic task has its own split of ``train_dataset``."""
+        return self.valid_dataset or self.train_dataset
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_evaluation(cls, tree: Any) -> Any:
+        """Evaluation samples as training does, but for the keys that ``evaluator.gconfig`` gives."""
+        if not isinstance(tree, dict):
+            return tree
+        evaluator = _given(tree.get("evaluator"))
+        if evaluator.get("gconfig") is None:
+            return tree
+        training = {key: value for key, value in _given(tree.get("gconfig")).items() if key in GenerationConfig.model_fields}
+        gconfig = {**training, "n_samples": 1, **_given(evaluator["gconfig"])}
+        return {**tree, "evaluator": {**evaluator, "gconfig": gconfig}}
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """The keys of a section that were given, whether it is a mapping or built already."""
+    if isinstance(section, BaseModel):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, dict) else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,20 @@ def _check_lengths(config: GRPOConfig) -> None:
             f"actor.mb_spec.max_tokens_per_mb={capacity} cannot hold the longest sequence of {longest} tokens ({sum_text})",
             f"set actor.mb_spec.max_tokens_per_mb={longest} or more, or shorten prompts or answers",
         )
-    if 0 < config.rollout.max_context < longest:
-        raise ConfigError(
-            f"rollout.max_context={config.rollout.max_context} is shorter than the longest sequence of {longest} tokens ({sum_text})",
-            f"set rollout.max_context={longest}, or 0 for the model's own limit",
-        )
+    _check_context(config, longest, f"the longest sequence of {longest} tokens ({sum_text})")
+    if config.evaluator.n_prompts:
+        longest = longest_sequence(config.held_out, config.evaluator.gconfig or config.gconfig)
+        _check_context(config, longest, f"the longest sequence of an evaluation, {longest} tokens")
     if config.actor.init_from_scratch is not None:
         _check_model_limit(config, config.actor.init_from_scratch, "actor.init_from_scratch")
+
+
+def _check_context(config: GRPOConfig, longest: int, what: str) -> None:
+    if 0 < config.rollout.max_context < longest:
+        raise ConfigError(
+            f"rollout.max_context={config.rollout.max_context} is shorter than {what}",
+            f"set rollout.max_context={longest}, or 0 for the model's own limit",
+        )
 
 
 def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
@@ -100,7 +107,7 @@ def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str)
     limit = model.get("max_position_embeddings")
     needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
     if config.evaluator.gconfig is not None:
-        needs["evaluator.gconfig"] = longest_sequence(config.valid_dataset or config.train_dataset, config.evaluator.gconfig)
+        needs["evaluator.gconfig"] = longest_sequence(config.held_out, config.evaluator.gconfig)
     for key, longest in needs.items():
         if isinstance(limit, int) and longest > limit:
             raise ConfigError(
@@ -158,13 +165,16 @@ def _check_deterministic(config: GRPOConfig) -> None:
             raise ConfigError(f"deterministic=true runs on the CPU only, and {key}='auto' takes the GPU of this machine", f"set {key}=cpu")
 
 
-def check_machine(config: GRPOConfig) -> None:
-    """Raises ``ConfigError`` for a model, data file or GPU that the configuration needs and this machine does not have."""
+def check_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
+    """Raises ``ConfigError`` for a model, data file or GPU that the configuration needs and this machine does not have.
+
+    ``given`` names the data sets whose rows are there already.
+    """
     _check_gpus(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
-        if dataset is not None and dataset.type == "jsonl" and not Path(dataset.path).expanduser().is_file():
+        if dataset is not None and dataset.type == "jsonl" and key not in given and not Path(dataset.path).expanduser().is_file():
             raise ConfigError(
                 f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}"
             )

@@ -30,6 +30,7 @@ from areal.algo.advantage import compute_advantages
 from areal.buffer import TrajectoryBuffer
 from areal.cluster import Cluster
 from areal.config import GRPOConfig
+from areal.config_check import check_config, check_machine
 from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
@@ -53,11 +54,14 @@ class PPOTrainer:
         self.config = config
         self.totals = RunTotals()
         self._cluster = Cluster(config, train_dataset, valid_dataset)
+        self._given = [k for k, rows in (("train_dataset", train_dataset), ("valid_dataset", valid_dataset)) if rows is not None]
         self._asyncio = asyncio.Runner()
         self._started = 0.0
 
     def __enter__(self) -> PPOTrainer:
         self._started = time.monotonic()
+        check_config(self.config)
+        check_machine(self.config, self._given)
         self._asyncio.__enter__()
         try:
             self._in_loop(self._cluster.open())
@@ -71,6 +75,11 @@ class PPOTrainer:
             self._in_loop(self._cluster.close())
         finally:
             self._asyncio.close()
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model in training; there once the trainer was entered."""
+        return self._cluster.tokenizer
 
     @property
     def run_folder(self) -> Path:
@@ -88,13 +97,15 @@ class PPOTrainer:
         Args:
             workflow: a ``RolloutWorkflow`` object, its class or its import path; None = ``RLVRWorkflow`` with the config's reward.
             workflow_kwargs: of the class.
-            eval_workflow, eval_workflow_kwargs: the same for held-out prompts; None = that of training.
+            eval_workflow, eval_workflow_kwargs: the same for held-out prompts; None = that of training, its ``gconfig`` argument
+                replaced by ``evaluator.gconfig``.
         """
         config, tokenizer = self.config, self._cluster.tokenizer
         self.workflow = build_workflow(config, tokenizer, workflow, workflow_kwargs)
         if eval_workflow is not None or workflow is None:
-            gconfig = config.evaluator.gconfig
-            self.eval_workflow = build_workflow(config, tokenizer, eval_workflow, eval_workflow_kwargs, gconfig=gconfig)
+            self.eval_workflow = build_workflow(config, tokenizer, eval_workflow, eval_workflow_kwargs, evaluation=True)
+        elif workflow_kwargs and "gconfig" in workflow_kwargs and config.evaluator.gconfig is not None:
+            self.eval_workflow = build_workflow(config, tokenizer, workflow, {**workflow_kwargs, "gconfig": config.evaluator.gconfig})
         else:
             self.eval_workflow = self.workflow
         return self._in_loop(self._train())
@@ -186,7 +197,7 @@ class PPOTrainer:
     async def _report(self, row: dict[str, Any], clock: StepClock, n_buffered: int, n_inflight: int) -> None:
         cluster = self._cluster
         self.totals.add_step(row)
-        row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.drops.totals}
+        row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.dropped}
         row |= clock.row(row["tokens_trained"], *await cluster.read_engines())
         cluster.log_step(row, clock)
 
@@ -197,7 +208,7 @@ class PPOTrainer:
         if after is not None:
             totals.accuracy_after, totals.length_after = after.accuracy, after.length
         totals.tokens_generated = cluster.meter.tokens_generated
-        totals.dropped = cluster.drops.totals
+        totals.dropped = cluster.dropped
         totals.seconds_total = time.monotonic() - self._started
         cluster.finish(totals, after.samples if after is not None else [])
 

@@ -12,6 +12,7 @@ with its file and line, and counted in ``PromptDataset.dropped``; a file with no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -26,6 +27,7 @@ from areal.tasks.arithmetic import ArithmeticRows, Stream
 
 log = logging.getLogger(__name__)
 _LOGGED_DROPS = 10
+_PROMPT_KEYS = ("prompt", "messages", "input_ids")
 
 
 class MalformedRow(ValueError):
@@ -60,10 +62,21 @@ class RowFormat:
         if self.answer_key in row:
             row["answer"] = row[self.answer_key]
         prompt = columns[self.prompt_key]
-        for taken in ("prompt", "messages", "input_ids"):
+        for taken in _PROMPT_KEYS:
             row.pop(taken, None)
         row[self._kind(prompt, where)] = [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
         row.setdefault("prompt_id", prompt_id)
+        return row
+
+    def own_row(self, columns: Mapping[str, Any], where: str, prompt_id: str) -> dict[str, Any]:
+        """A row that was given in Python: all its columns as they are, and a prompt from ``prompt_key`` where it has none.
+
+        A row without any prompt is not malformed: what it means is its workflow's business.
+        """
+        row = {"prompt_id": prompt_id, **columns}
+        if self.prompt_key in columns and not any(key in columns for key in _PROMPT_KEYS):
+            with contextlib.suppress(MalformedRow):
+                row |= self.row(columns, where, prompt_id)
         return row
 
     def _kind(self, prompt: object, where: str) -> str:
@@ -107,21 +120,26 @@ class JsonlRows:
 
 
 class SequenceRows:
-    """Rows of any sequence of mappings: a list, a Hugging Face data set. Rows that are ready (see the module) pass unchanged."""
+    """Rows of any sequence of mappings: a list, a Hugging Face data set.
 
-    def __init__(self, rows: Sequence[Any], name: str, row_format: RowFormat | None = None, limit: int = 0) -> None:
-        self._rows, self._name, self._format = rows, name, row_format
+    ``own``: they were given in Python and keep their columns (see ``RowFormat.own_row``), without a format all of them as they are.
+    """
+
+    def __init__(self, rows: Sequence[Any], name: str, row_format: RowFormat | None = None, limit: int = 0, *, own: bool = False) -> None:
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise ConfigError(f"the data set {name} is a {type(rows).__name__}", "give a sequence of rows, or an iterator without end")
+        self._rows, self._name, self._format, self._own = rows, name, row_format, own or row_format is None
         self.size = min(len(rows), limit or len(rows))
         if not self.size:
             raise ConfigError(f"the data set {name} has no rows", "give one that has some")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns, where, prompt_id = self._rows[index], f"{self._name}[{index}]", f"{self._name}/{index}"
-        if self._format is not None:
+        if self._format is not None and not self._own:
             return self._format.row(columns, where, prompt_id)
-        if not isinstance(columns, Mapping) or not any(key in columns for key in ("prompt", "messages", "input_ids")):
-            raise MalformedRow(f"{where}: a row is an object with 'prompt', 'messages' or 'input_ids'")
-        return {"prompt_id": prompt_id, **columns}
+        if not isinstance(columns, Mapping):
+            raise MalformedRow(f"{where}: a row is a dict, not {type(columns).__name__}")
+        return {"prompt_id": prompt_id, **columns} if self._format is None else self._format.own_row(columns, where, prompt_id)
 
 
 class PromptDataset:
@@ -210,19 +228,27 @@ class PromptDataset:
         self.dropped = Counter(state["dropped"])
 
 
-def load_dataset(config: DatasetConfig, seed: int = 0, split: Stream = "train", key: str | None = None) -> PromptDataset:
+def load_dataset(
+    config: DatasetConfig, seed: int = 0, split: Stream = "train", key: str | None = None, given: Sequence[Any] | None = None
+) -> PromptDataset:
     """The data set of a config. ``split`` is the arithmetic stream; validation rows are never shuffled.
+
+    ``given``: rows that were made in Python and stand in for those of ``config.type`` and ``config.path``.
 
     Raises:
         ConfigError: a file that cannot be read or has no rows, a missing extra; the sentence names ``key`` (default: from split).
     """
     key = key or {"train": "train_dataset", "valid": "valid_dataset", "demonstrations": "warmup.dataset"}[split]
     shuffle = config.shuffle and split != "valid"
+    if given is not None:
+        return PromptDataset(SequenceRows(given, key, RowFormat(config), config.limit, own=True), seed=seed, shuffle=shuffle, name=key)
     match config.type:
         case "arithmetic":
             return PromptDataset(_arithmetic(config, seed, split, key), seed=seed, shuffle=shuffle, name="arithmetic")
         case "jsonl":
             return PromptDataset(JsonlRows(config, key), seed=seed, shuffle=shuffle, name=config.path)
+        case "given":
+            raise ConfigError(f"{key}.type=given, but no rows were given", f"hand them over: PPOTrainer(config, {key}=rows)")
         case "huggingface":
             return PromptDataset(_huggingface(config, key), seed=seed, shuffle=shuffle, name=config.path)
 

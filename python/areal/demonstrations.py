@@ -16,33 +16,34 @@ from areal.types import Group, Minibatch, Trajectory
 _MAX_DROPPED_IN_A_ROW = 1000
 
 
-def load_demonstrations(config: GRPOConfig, tokenizer: Any) -> Demonstrations:
-    """Those of ``warmup.dataset``, else of ``train_dataset``."""
+def load_demonstrations(config: GRPOConfig, tokenizer: Any, given: Any = None) -> Demonstrations:
+    """Those of ``warmup.dataset``, else of ``train_dataset`` or the rows ``given`` in its place."""
     assert config.warmup is not None
     dataset = config.warmup.dataset or config.train_dataset
     key = "warmup.dataset" if config.warmup.dataset else "train_dataset"
-    rows = load_dataset(dataset, seed=config.seed, split="demonstrations", key=key)
-    return Demonstrations(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb)
+    given = None if config.warmup.dataset else given
+    rows = given if isinstance(given, PromptDataset) else load_dataset(dataset, config.seed, "demonstrations", key, given)
+    return Demonstrations(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, dataset.max_prompt_len)
 
 
 class Demonstrations:
     """Tokenized demonstrations without end.
 
-    A row's answer is its ``completion``, else its ``answer``. Rows without one, and samples longer than ``max_tokens``, are dropped and
-    counted in ``dropped``.
+    A row's answer is its ``completion``, else its ``answer``. Rows without one, prompts longer than ``max_prompt_len`` and samples longer
+    than ``max_tokens`` are dropped and counted in ``dropped``.
     """
 
-    def __init__(self, rows: PromptDataset, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, rows: PromptDataset, tokenizer: Any, max_tokens: int, max_prompt_len: int | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "supervised training needs a tokenizer with an end-of-sequence token", "set eos_token in tokenizer_config.json"
             )
-        self.rows, self._tokenizer, self._max_tokens = rows, tokenizer, max_tokens
+        self.rows, self._tokenizer, self._max_tokens, self._max_prompt_len = rows, tokenizer, max_tokens, max_prompt_len
         self._dropped: Counter[str] = Counter()
 
     @property
     def dropped(self) -> Counter[str]:
-        """By cause: malformed_row, too_long."""
+        """By cause: malformed_row, prompt_too_long, too_long."""
         return self.rows.dropped + self._dropped
 
     def batch(self, n: int) -> list[Trajectory]:
@@ -62,6 +63,11 @@ class Demonstrations:
             except MalformedRow as error:
                 self._dropped["malformed_row"] += 1
                 why = str(error)
+                continue
+            n_prompt = int(sample.loss_mask.argmax())
+            if self._max_prompt_len is not None and n_prompt > self._max_prompt_len:
+                self._dropped["prompt_too_long"] += 1
+                why = f"{row['prompt_id']} has a prompt of {n_prompt} tokens, its data set's max_prompt_len is {self._max_prompt_len}"
                 continue
             if len(sample) <= self._max_tokens:
                 return sample

@@ -46,5 +46,5 @@ async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]
         for task in started:
             client.add_server(task.result().url, task.result().process)
         tokenizer = load_tokenizer(model_folder)
-        workflow = build_workflow(config, tokenizer, gconfig=config.evaluator.gconfig)
+        workflow = build_workflow(config, tokenizer, evaluation=True)
         return await evaluate(client, workflow, rows, seed=config.seed, tokenizer=tokenizer)

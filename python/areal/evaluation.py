@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,10 @@ def held_out_rows(config: GRPOConfig, given: Any = None) -> list[dict[str, Any]]
     """The prompts of every evaluation of a run, ``evaluator.n_prompts`` at most; none when the config names no held-out data."""
     n = config.evaluator.n_prompts
     if given is not None:
-        return (given if isinstance(given, PromptDataset) else PromptDataset(given, name="valid_dataset")).first(n)
+        if isinstance(given, Iterator) and not isinstance(given, PromptDataset):
+            return list(itertools.islice(given, n))
+        rows = given if isinstance(given, PromptDataset) else load_dataset(config.held_out, config.seed, "valid", given=given)
+        return rows.first(n)
     source = config.valid_dataset or (config.train_dataset if config.train_dataset.type == "arithmetic" else None)
     return load_dataset(source, config.seed, "valid").first(n) if source is not None and n else []
 

@@ -194,12 +194,14 @@ class SupervisedRun:
         }
 
 
-def check_rows(config: GRPOConfig, train_dataset: PromptDataset, tokenizer: Any) -> list[dict[str, Any]]:
+def check_rows(config: GRPOConfig, train_dataset: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """The prompts of an accuracy check, as ``input_ids`` that end with the forced prefix of the answer.
 
     They come from the training prompts: held-out ones must not decide when to stop.
     """
     assert config.warmup is not None
+    if not isinstance(train_dataset, PromptDataset):
+        raise ConfigError("warmup.stop_at_accuracy looks at training prompts again, which an iterator cannot give", "hand over a sequence")
     prefix = config.warmup.forced_prefix or (THINKING_PREFIX if config.train_dataset.type == "arithmetic" else "")
     forced = list(tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else []
     rows = []
@@ -267,7 +269,7 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
     run = SupervisedRun(
         config.warmup,
         cluster.trainer,
-        load_demonstrations(config, cluster.tokenizer),
+        load_demonstrations(config, cluster.tokenizer, cluster.given_rows[0]),
         config.actor.mb_spec.max_tokens_per_mb,
         check=check,
         report=report,
@@ -293,18 +295,21 @@ class SFTTrainer:
     ``config.warmup`` is the recipe, ``config.actor`` the model; what concerns reinforcement learning is ignored. Rollout servers are
     started only for ``warmup.stop_at_accuracy``. The result is the Hugging Face checkpoint ``run_folder/checkpoints/final``.
 
+    Args:
+        train_dataset: a sequence of demonstrations (rows with a prompt and an answer) in place of those of the config.
+
     Raises:
         ConfigError: the configuration has no warmup.
     """
 
-    def __init__(self, config: GRPOConfig) -> None:
+    def __init__(self, config: GRPOConfig, train_dataset: Any = None) -> None:
         from areal.cluster import Cluster
 
         if config.warmup is None:
             raise ConfigError("SFTTrainer needs the recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
         self.config = config
         self._checked = config.warmup.stop_at_accuracy is not None
-        self._cluster = Cluster(config, with_rollout=self._checked)
+        self._cluster = Cluster(config, train_dataset, with_rollout=self._checked)
         self._asyncio = asyncio.Runner()
 
     def __enter__(self) -> Self:

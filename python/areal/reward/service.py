@@ -29,6 +29,7 @@ _MAX_FAILED_STARTS = 3
 _PIPELINE_SECONDS = 0.002  # scores expected to be shorter than this together are sent to a worker at once
 _PIPELINE_DEPTH = 16
 _MERGE_GAP = 0.010
+_ARGUMENTS = frozenset(("prompt", "completions", "prompt_ids", "completion_ids"))
 
 
 class RewardServiceError(RuntimeError):
@@ -261,6 +262,8 @@ async def _score_on_loop(
 class AsyncRewardWrapper:
     """Makes a reward function awaitable: ``await wrapper(prompt, completions, prompt_ids, completion_ids, **row)``.
 
+    A row may have columns of these four names: what is given by position counts.
+
     Args:
         reward_fn: sync (runs in a worker process, so it must be importable there) or async (runs on the event loop).
         timeout_seconds: longest run of one score; None = that of the shared service.
@@ -284,4 +287,6 @@ class AsyncRewardWrapper:
         Raises:
             RewardFailure: it raised, hung, killed its process or returned something else.
         """
+        if len(args) == len(_ARGUMENTS) and not _ARGUMENTS.isdisjoint(kwargs):
+            kwargs = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS}
         return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds, on_loop=self._on_loop)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from areal.config import ConfigError
 from areal.inference.client import ProtocolError, ServerDied
 from areal.reward import RewardServiceError
 from areal.types import ModelRequest, ModelResponse, Trajectory
@@ -49,6 +51,15 @@ class RolloutWorkflow(Protocol):
             tensors, numpy arrays or lists (see ``to_trajectory``); None drops the episode, and its group with it.
         """
         ...
+
+
+def import_object(key: str, path: str) -> Any:
+    """``package.module:name`` (or with a dot for the colon); ``ConfigError`` naming the key."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}='{path}' cannot be imported ({error})", "write package.module:name of something that can") from error
 
 
 def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:

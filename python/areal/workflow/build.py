@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig
-from areal.workflow.base import RolloutWorkflow
+from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
 
@@ -17,21 +16,21 @@ def build_workflow(
     workflow: RolloutWorkflow | type | str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
-    gconfig: GenerationConfig | None = None,
+    evaluation: bool = False,
 ) -> RolloutWorkflow:
     """An object with ``arun_episode``.
 
     Args:
         workflow: an object (taken as it is), a class or the import path of one (called with ``kwargs``), or None: ``RLVRWorkflow``.
-        gconfig: sampling of the default workflow; None = the config's.
+        evaluation: the default workflow is for held-out prompts: with their sampling and their longest prompt.
 
     Raises:
         ConfigError: an import path that leads nowhere, or something that is not a workflow.
     """
     if workflow is None:
-        return RLVRWorkflow(
-            reward_function(config), gconfig or config.gconfig, tokenizer, max_prompt_len=config.train_dataset.max_prompt_len
-        )
+        gconfig = (evaluation and config.evaluator.gconfig) or config.gconfig
+        dataset = config.held_out if evaluation else config.train_dataset
+        return RLVRWorkflow(reward_function(config), gconfig, tokenizer, max_prompt_len=dataset.max_prompt_len)
     if isinstance(workflow, str):
         workflow = import_object("workflow", workflow)
     built = workflow(**(kwargs or {})) if isinstance(workflow, type) else workflow
@@ -55,12 +54,3 @@ def _default_reward(dataset: DatasetConfig) -> Callable[..., Any]:
     from areal.reward.math import math_reward
 
     return math_reward
-
-
-def import_object(key: str, path: str) -> Any:
-    """``package.module:name`` (or with a dot for the colon)."""
-    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}='{path}' cannot be imported ({error})", "write package.module:name of something that can") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import numpy as np
 from areal.config import GenerationConfig
 from areal.data import MalformedRow, encode_prompt
 from areal.reward import AsyncRewardWrapper
+from areal.run_folder import load_tokenizer
 from areal.types import ModelRequest, ModelResponse
-from areal.workflow.base import EpisodeDropped, GenerationEngine
+from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
 
-_REWARD_ARGUMENTS = frozenset(("prompt", "completions", "prompt_ids", "completion_ids"))
 _MAX_REMEMBERED = 4096
 
 
@@ -31,9 +32,9 @@ class RLVRWorkflow:
     all its keys but the four of the reward's own arguments are passed on to the reward function.
 
     Args:
-        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async.
+        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async, or the import path of one.
         gconfig: sampling; ``n_samples`` is the runner's business.
-        tokenizer: Hugging Face tokenizer; without one only ``input_ids`` rows work and the reward gets empty texts.
+        tokenizer: Hugging Face tokenizer or the folder of one; without one only ``input_ids`` rows work and the reward gets empty texts.
         enable_thinking: handed to the chat template; None = the template's own default.
         max_prompt_len: longer prompts (tokens) are dropped, cause prompt_too_long; None = no bound here.
         reward_timeout: seconds per score; None = that of the reward service.
@@ -41,19 +42,19 @@ class RLVRWorkflow:
 
     def __init__(
         self,
-        reward_fn: Callable[..., Any],
+        reward_fn: Callable[..., Any] | str,
         gconfig: GenerationConfig,
         tokenizer: Any = None,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
         reward_timeout: float | None = None,
     ) -> None:
-        self.reward_fn = reward_fn
+        self.reward_fn: Callable[..., Any] = import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn
         self.gconfig = gconfig.new(n_samples=1)
-        self.tokenizer = tokenizer
+        self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         self.max_prompt_len = max_prompt_len
         self._template_options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._reward = AsyncRewardWrapper(reward_fn, reward_timeout)
+        self._reward = AsyncRewardWrapper(self.reward_fn, reward_timeout)
         # The samples of a group have the same prompt object: (it, token ids, text) by its id.
         self._prompts: dict[int, tuple[Any, list[int], str]] = {}
 
@@ -67,8 +68,7 @@ class RLVRWorkflow:
         prompt_ids, prompt = self._prompt(data)
         response = await engine.agenerate(ModelRequest(prompt_ids, self.gconfig))
         completion = self._decode(response.output_tokens)
-        row = data if _REWARD_ARGUMENTS.isdisjoint(data) else {key: value for key, value in data.items() if key not in _REWARD_ARGUMENTS}
-        reward = await self._reward(prompt, completion, response.input_tokens, response.output_tokens, **row)
+        reward = await self._reward(prompt, completion, response.input_tokens, response.output_tokens, **data)
         return response_to_dict(response, reward)
 
     def _prompt(self, data: Mapping[str, Any]) -> tuple[list[int], str]:
