@@ -4,7 +4,8 @@ Three ways to run the same train steps:
 
     async       one core generates, one core trains, eta > 0
     eta0        the same placement with eta = 0: each side waits for the other
-    sync        the fair rival: eta = 0, and each phase has all the cores (one engine a core, then all cores train)
+    sync_*      the fair rival: eta = 0, and each phase has all the cores: an engine on every core, then all cores train, by threads of one
+                rank (sync_threads) or by a rank on every core (sync_ranks); the faster of the two counts
 
 on three workloads: short answers, a long tail of answer lengths, and short answers whose reward takes a second. Every run starts from the
 same warmed-up model. What counts is trained tokens a second after the first steps; the runs of a workload are interleaved.
@@ -50,16 +51,12 @@ WORKLOADS: dict[str, tuple[str, list[str]]] = {
 def placements(n_cores: int, eta: int) -> dict[str, list[str]]:
     half = max(1, n_cores // 2)
     split = [f"rollout.backend=embedded:d{half}", "rollout.threads=1", f"actor.threads={n_cores - half}", "actor.backend=fsdp:d1"]
+    phases = [f"rollout.backend=embedded:d{n_cores}", "rollout.threads=1", "rollout.max_head_offpolicyness=0"]
     return {
         "async": [*split, f"rollout.max_head_offpolicyness={eta}"],
         "eta0": [*split, "rollout.max_head_offpolicyness=0"],
-        "sync": [
-            f"rollout.backend=embedded:d{n_cores}",
-            "rollout.threads=1",
-            f"actor.threads={n_cores}",
-            "actor.backend=fsdp:d1",
-            "rollout.max_head_offpolicyness=0",
-        ],
+        "sync_threads": [*phases, f"actor.threads={n_cores}", "actor.backend=fsdp:d1"],
+        "sync_ranks": [*phases, "actor.threads=1", f"actor.backend=fsdp:d{n_cores}"],
     }
 
 

@@ -230,8 +230,9 @@ class Cluster:
     @property
     def dropped(self) -> dict[str, int]:
         """Groups and rows that were lost so far, by cause."""
-        rows: Counter[str] = getattr(self.train_dataset, "dropped", Counter())
-        return dict(sorted((rows + Counter(self.drops.totals)).items()))
+        total = Counter(self.drops.totals)
+        total.update(getattr(self.train_dataset, "dropped", {}))
+        return dict(sorted(total.items()))
 
     def finish(self, totals: RunTotals, samples: Sequence[SampleAnswer]) -> None:
         self.stats.summary(asdict(totals))

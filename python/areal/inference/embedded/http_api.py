@@ -115,7 +115,7 @@ class EngineServer:
             request.on_token = partial(_tell, loop, news, index)
         futures = [self._driver.generate(request) for request in call.requests]
         for index, future in enumerate(futures):
-            future.add_done_callback(lambda done, index=index: news.put_nowait((index, done)))
+            future.add_done_callback(partial(_done, news, index))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await response.prepare(http)
@@ -292,6 +292,10 @@ async def _errors(request: web.Request, handler: Callable[[web.Request], Awaitab
         return failure(str(error))
     except EngineDied as error:
         return failure(str(error), 503)
+
+
+def _done(news: asyncio.Queue[tuple[int, Any]], index: int, future: asyncio.Future[Any]) -> None:
+    news.put_nowait((index, future))
 
 
 def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[tuple[int, Any]], index: int, answer: Answer) -> None:
