@@ -428,6 +428,26 @@ def test_client_retries_what_is_safe_and_reads_sglang() -> None:
     asyncio.run(main())
 
 
+def test_a_request_that_makes_a_healthy_server_fail_does_not_cost_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal.inference.client._RETRY_LAST", 0.01)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path == "/generate" and (await request.json())["input_ids"] == [13]:
+            return web.json_response({"error": {"message": "KeyError: 13"}}, status=500)
+        return web.json_response(_answer([1]))
+
+    async def main() -> None:
+        async with _aiohttp_server(handler) as one, _aiohttp_server(handler) as two:
+            client = RolloutClient(urls=[one, two])
+            with pytest.raises(RequestRejected, match="KeyError: 13"):
+                await client.agenerate(ModelRequest([13], SHORT))
+            assert client.urls == [one, two]
+            assert (await client.agenerate(ModelRequest([1], SHORT))).output_tokens == [1]
+            await client.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [

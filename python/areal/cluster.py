@@ -15,8 +15,8 @@ from areal.config import GRPOConfig
 from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
-from areal.inference.client import RolloutClient, WeightsAck
-from areal.inference.servers import RolloutServer, n_servers, start_server
+from areal.inference.client import RolloutClient, WeightsAck, WeightUpdateError
+from areal.inference.servers import RolloutServer, ServerStartError, n_servers, start_server
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
 from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model
@@ -59,6 +59,7 @@ class Cluster:
         self._acknowledged = asyncio.Event()
         self._evaluating = asyncio.Lock()
         self._saving = asyncio.Lock()
+        self._version_reused = asyncio.Lock()
 
     async def open(self) -> None:
         config = self.config
@@ -78,6 +79,7 @@ class Cluster:
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
         )
         self.client = RolloutClient(config.rollout)
+        self.client.on_change(self._acknowledged.set)
         self._resources.push_async_callback(self.client.close)
         self._resources.callback(self._end_servers)
         async with asyncio.TaskGroup() as starting:
@@ -95,10 +97,17 @@ class Cluster:
     async def _add_server(self, index: int, restarts: int = 0) -> None:
         """Starts a server; it gets requests once it has the current weights."""
         server = await start_server(self.config, self.model_folder, self.run_folder, index, restarts)
+        try:
+            async with self._version_reused:  # or it could join with weights that were replaced under the same number meanwhile
+                if self.weights is not None:
+                    ack = await self.client.update_server(server.url, self.trainer.shm_name, self.weights.version, server.process)
+                    self._check_hash(server.url, ack)
+                self.client.add_server(server.url, server.process)
+        except BaseException:  # also when cancelled: it is in no list yet
+            self.client.remove_server(server.url)
+            server.process.kill()
+            raise
         self.servers.append(server)
-        if self.weights is not None:
-            self._check_hash(server.url, await self.client.update_server(server.url, self.trainer.shm_name, self.weights.version))
-        self.client.add_server(server.url, server.process)
 
     def _end_servers(self) -> None:
         for server in self.servers:
@@ -126,7 +135,6 @@ class Cluster:
         acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
         for url, ack in acks.items():
             self._check_hash(url, ack)
-        self._acknowledged.set()
 
     def _check_hash(self, url: str, ack: WeightsAck) -> None:
         """Both sides must hold the same weights. A server may already have a newer version than it was asked for."""
@@ -135,16 +143,31 @@ class Cluster:
             raise RunFailed(f"{url} holds other weights than the trainer at version {ack.version}: hash {ack.hash} instead of {expected}")
 
     async def _watch_servers(self) -> None:
-        """Replaces dead rollout servers, each up to ``rollout.max_restarts`` times."""
+        """Replaces rollout servers that died or that the client gave up, each up to ``rollout.max_restarts`` times."""
+        async with asyncio.TaskGroup() as replacing:
+            while True:
+                await asyncio.sleep(0.1)
+                for server in [s for s in self.servers if s.process.poll() is not None or not self.client.is_known(s.url)]:
+                    self.servers.remove(server)
+                    self.client.remove_server(server.url)
+                    replacing.create_task(self._replace(server), name=f"replacement of {server.name}")
+
+    async def _replace(self, server: RolloutServer) -> None:
+        """A replacement that dies before it is ready is replaced in its turn."""
+        process, restarts = server.process, server.restarts
+        lives = process.poll() is None
+        why = f"it did not answer any more; {process.describe_death()}" if lives else process.describe_death()
+        if lives:
+            await asyncio.to_thread(process.kill)
         while True:
-            await asyncio.sleep(0.1)
-            for server in [s for s in self.servers if s.process.poll() is not None]:
-                self.servers.remove(server)
-                self.client.remove_server(server.url)
-                if server.restarts >= self.config.rollout.max_restarts:
-                    raise RunFailed(f"a rollout server died after {server.restarts} replacements: {server.process.describe_death()}")
-                self.display.note(f"{server.name} died and is being replaced: {server.process.describe_death(3)}")
-                await self._add_server(server.index, server.restarts + 1)
+            if restarts >= self.config.rollout.max_restarts:
+                raise RunFailed(f"a rollout server died after {restarts} replacements: {why}")
+            restarts += 1
+            self.display.note(f"{server.name} {'is' if lives else 'died and is'} being replaced: {why}")
+            try:
+                return await self._add_server(server.index, restarts)
+            except (ServerStartError, WeightUpdateError) as error:
+                why = str(error)
 
     async def _watch_trainer(self) -> None:
         """Ends the run when a rank dies, also while nobody waits for its answer."""
@@ -155,15 +178,22 @@ class Cluster:
     async def publish(self, version: int, *, announce: bool = True) -> None:
         """The trainer's weights into shared memory, under this number; waits for no reader.
 
-        Once announced, ``watch`` takes them to the servers; otherwise the caller does, by ``push``, and may use a number again.
+        Once announced, ``watch`` takes them to the servers; otherwise the caller does, by ``push``, and may use a number again: then no
+        server joins meanwhile, since one number would mean two weights.
         """
+        if announce:
+            await self._publish(version)
+            self._published.set()
+        else:
+            async with self._version_reused:
+                await self._publish(version)
+
+    async def _publish(self, version: int) -> None:
         begin = time.time()
         version, digest = await self.trainer.publish(version)
         self.weights = Weights(version, f"{digest:016x}")
         self._digests = {v: d for v, d in self._digests.items() if v > version - 8} | {version: self.weights.digest}
         self.stats.span("trainer 0", "weight_sync", begin, time.time())
-        if announce:
-            self._published.set()
 
     async def wait_for_version(self, version: int) -> None:
         """Until every live server has acknowledged ``version``."""

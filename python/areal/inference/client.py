@@ -102,6 +102,10 @@ class RolloutClient:
         """Of the live servers."""
         return [server.url for server in self._live()]
 
+    def is_known(self, url: str) -> bool:
+        """False once the server was given up: it is dead, or failed too often."""
+        return url in self._servers
+
     @property
     def acked_version(self) -> int:
         """The newest version that every live server has acknowledged; -1 while there is no server."""
@@ -206,12 +210,15 @@ class RolloutClient:
 
     async def _generate(self, request: ModelRequest, seed: int | None, route: Route | None, done: PartialAnswer) -> StopReason:
         failures, idle_aborts = 0, 0
+        last: _Server | None = None
         body: dict[str, Any] = {"rid": request.rid, "input_ids": request.input_ids, "return_logprob": True}
         while True:
             body["sampling_params"] = self._sampling_params(request.gconfig, seed, len(done.tokens))
             if done.tokens:
                 body["input_ids"] = [*request.input_ids, *done.tokens]
             server = await self._choose(route)
+            if server is not last:  # what another server did says nothing about this one
+                failures, last = 0, server
             server.outstanding += 1
             version = server.version
             try:
@@ -222,9 +229,11 @@ class RolloutClient:
                 continue
             except HTTPStatusError as error:
                 failures += 1
-                if error.status < 500:
+                busy = error.status == 503
+                well = failures >= _RETRIES and await self._is_well(server)
+                if error.status < 500 or (well and not busy):
                     raise RequestRejected(f"{server.url} refused the request: {error.text}") from error
-                await self._after_failure(server, failures, error)
+                await (asyncio.sleep(_RETRY_LAST) if well else self._after_failure(server, failures, error))
                 continue
             finally:
                 server.outstanding -= 1
@@ -279,12 +288,13 @@ class RolloutClient:
         acks = await asyncio.gather(*(self._update(server, name, version) for server in servers))
         return {server.url: ack for server, ack in zip(servers, acks, strict=True) if ack is not None}
 
-    async def update_server(self, url: str, name: str, version: int) -> WeightsAck:
+    async def update_server(self, url: str, name: str, version: int, process: WatchedProcess | None = None) -> WeightsAck:
         """The same for one server, before ``add_server`` lets requests go there: to be called directly after, with no await between.
 
         It ends with the newest version that any server was told to take, so that ``acked_version`` never goes back.
         """
         self._newest = max(self._newest, version)
+        self._known(url).process = process
         while True:
             ack = await self._update(self._known(url), name, self._newest)
             if ack is None:
@@ -313,18 +323,23 @@ class RolloutClient:
         self._notify()
         return WeightsAck(server.version, str(answer.get("hash", "")))
 
+    async def _is_well(self, server: _Server) -> bool:
+        """Whether it answers others: then an error is the request's own."""
+        try:
+            await server.wire.call("GET", "/health", timeout=_CONTROL_TIMEOUT)
+        except (WireError, HTTPStatusError, TimeoutError):
+            return False
+        return True
+
     async def _is_dead(self, server: _Server) -> bool:
         """After its connection broke. An exit code may come a moment later than the broken connection."""
         for _ in range(20):
             if server.url not in self._servers or (server.process is not None and server.process.poll() is not None):
                 self.remove_server(server.url)
                 return True
-            try:
-                await server.wire.call("GET", "/health", timeout=_CONTROL_TIMEOUT)
-            except (WireError, HTTPStatusError, TimeoutError):
-                await asyncio.sleep(_RETRY_FIRST)
-            else:
+            if await self._is_well(server):
                 return False
+            await asyncio.sleep(_RETRY_FIRST)
         self.remove_server(server.url)
         return True
 

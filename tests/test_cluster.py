@@ -1,0 +1,115 @@
+"""Servers that come and go while weights are published: a real trainer, real servers, real kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rollout_servers import make_model
+
+from areal.cluster import Cluster
+from areal.config import GRPOConfig
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def _config(tmp_path: Path, **rollout: Any) -> GRPOConfig:
+    make_model(tmp_path / "model")
+    return GRPOConfig.model_validate(
+        {
+            "actor": {"path": str(tmp_path / "model"), "device": "cpu"},
+            "train_dataset": {"type": "arithmetic"},
+            "rollout": {"device": "cpu", "max_context": 128, "request_timeout": 30, **rollout},
+            "stats_logger": {"fileroot": str(tmp_path), "tensorboard": False},
+        }
+    )
+
+
+def _with_cluster(config: GRPOConfig, scenario: Callable[[Cluster], Awaitable[None]]) -> None:
+    async def main() -> None:
+        cluster = Cluster(config)
+        try:
+            await cluster.open()
+            await cluster.publish(0, announce=False)
+            await cluster.push()
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(cluster.watch())
+                await scenario(cluster)
+                watching.cancel()
+        finally:
+            await cluster.close()
+
+    asyncio.run(main())
+
+
+async def _until(condition: Callable[[], bool], seconds: float = 40) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_weights_published_while_no_server_lives_arrive_with_the_replacement(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        os.kill(cluster.servers[0].process.pid, signal.SIGKILL)
+        await _until(lambda: not cluster.client.urls)
+        await cluster.publish(1)
+        async with asyncio.timeout(20):  # not only when rollout.request_timeout is over
+            await cluster.wait_for_version(1)
+        assert cluster.client.acked_version == 1
+
+    _with_cluster(_config(tmp_path), scenario)
+
+
+def test_a_server_that_lives_but_was_given_up_is_replaced(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        old = cluster.servers[0]
+        cluster.client.remove_server(old.url, "it failed 6 times in a row")
+        await _until(lambda: bool(cluster.client.urls))
+        assert old.process.poll() is not None and cluster.client.urls == [cluster.servers[0].url] != [old.url]
+        assert cluster.servers[0].restarts == 1
+
+    _with_cluster(_config(tmp_path), scenario)
+
+
+def test_a_replacement_that_cannot_start_is_replaced_in_its_turn(tmp_path: Path) -> None:
+    config = tmp_path / "model" / "config.json"
+
+    async def scenario(cluster: Cluster) -> None:
+        config.rename(config.with_suffix(".away"))
+        first = cluster.servers[0].process.pid
+        os.kill(first, signal.SIGKILL)
+        log = cluster.run_folder / "logs" / "rollout_0.log"
+        await _until(lambda: "error:" in log.read_text())
+        config.with_suffix(".away").rename(config)
+        await _until(lambda: bool(cluster.client.urls))
+        assert cluster.servers[0].restarts >= 2
+
+    _with_cluster(_config(tmp_path, max_restarts=10), scenario)
+
+
+def test_a_server_that_joins_while_a_number_is_used_again_has_the_newest_weights(tmp_path: Path) -> None:
+    """As in the warm-up, where all weights are version 0: no false alarm, and nobody keeps older weights of that number."""
+
+    async def scenario(cluster: Cluster) -> None:
+        from areal.config import OptimizerConfig
+        from areal.demonstrations import load_demonstrations, make_sft_batch
+
+        config = cluster.config.model_validate({**cluster.config.model_dump(exclude_unset=True), "warmup": {}})
+        batch = make_sft_batch(load_demonstrations(config, cluster.tokenizer).batch(4), 4096, 1)
+        await cluster.trainer.set_optimizer(OptimizerConfig(lr=1e-2))
+        os.kill(cluster.servers[0].process.pid, signal.SIGKILL)
+        await _until(lambda: not cluster.client.urls)
+        while not cluster.client.urls:
+            await cluster.trainer.sft_step(batch, 1.0)
+            await cluster.publish(0, announce=False)
+            await cluster.push()
+        assert cluster.weights is not None
+        stats = await cluster.client.engine_stats()
+        assert stats[cluster.servers[0].url]["hash"] == cluster.weights.digest
+
+    _with_cluster(_config(tmp_path), scenario)
