@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from areal.metrics import EngineMeter, RunTotals, batch_row
+from areal.metrics import EngineMeter, RunTotals, StepClock, batch_row
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, Trajectory
 
@@ -40,6 +40,16 @@ def test_engine_meter_survives_the_replacement_of_a_server() -> None:
     assert meter.read({"a": {"tokens_generated": 15, "busy_seconds": 1.5}}) == (5, 0.5)
     assert meter.read({"b": {"tokens_generated": 3, "busy_seconds": 0.25}}) == (3, 0.25)
     assert meter.tokens_generated == 18
+
+
+def test_the_timeline_has_what_the_trainer_says_it_did() -> None:
+    clock = StepClock()
+    clock.start_step()
+    clock.got_batch()
+    clock.trained([["recompute", 1.0, 2.0], ["training", 2.0, 3.0]])
+    assert [span[:2] for span in clock.spans()] == [("trainer 0", "waiting"), ("trainer 0", "recompute"), ("trainer 0", "training")]
+    clock.trained()
+    assert [kind for _, kind, _, _ in clock.spans()] == ["waiting", "training"]
 
 
 class CharTokenizer:

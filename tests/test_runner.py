@@ -197,6 +197,14 @@ class _Misbehaving:
                 return [1, 2]
             case "refuse":
                 raise EpisodeDropped("too_dull", "not worth it")
+            case "cancel":  # what it waits for is cancelled, not the episode
+                inner = asyncio.ensure_future(asyncio.sleep(60))
+                asyncio.get_running_loop().call_soon(inner.cancel)
+                await inner
+            case "long":
+                n = _config().actor.mb_spec.max_tokens_per_mb
+                values = {"loss_mask": [0] + [1] * n, "logprobs": [0.0] * (n + 1), "versions": [-1] + [0] * n}
+                return {"input_ids": [3] * (n + 1), "rewards": 0.0, **values}
         response = await engine.agenerate(ModelRequest([3, 4], _config().gconfig))
         assert engine.get_version() == 0
         n = response.output_len
@@ -211,11 +219,11 @@ class _Misbehaving:
 
 def test_workflows_that_misbehave(server: Server) -> None:
     async def main() -> None:
-        acts = ["raise", "none", "hang", "list", "refuse", ""]
+        acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long"]
         loop = _Loop(_config(rollout={"episode_timeout": 1.0}), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
-            expected = {"workflow_raised": 1, "workflow_none": 1, "episode_timeout": 1, "bad_trajectory": 1, "too_dull": 1}
+            expected = {"workflow_raised": 2, "sample_too_long": 1, "workflow_none": 1, "episode_timeout": 1, "bad_trajectory": 1, "too_dull": 1}
             assert loop.drops.totals == dict(sorted(expected.items()))
 
     _run(main)
@@ -311,6 +319,17 @@ def test_sequence_of_rows_goes_on_in_epochs_with_other_random_numbers(server: Se
             await loop.finished((ETA + 1) * B)
             groups = [group for _ in range(3) for group in loop.buffer.try_cut(0) or []]
             assert sorted(g.data["epoch"] for g in groups) == list(range((ETA + 1) * B))
+            assert len({tuple(t.input_ids.tolist()) for g in groups for t in g.trajectories}) > 30
+
+    _run(main)
+
+
+def test_rows_of_an_iterator_have_random_numbers_of_their_own(server: Server) -> None:
+    async def main() -> None:
+        loop = _Loop(_config(), [server], None, itertools.repeat({"prompt": "a1=", "act": ""}), _Misbehaving())
+        async with _running(loop):
+            await loop.finished((ETA + 1) * B)
+            groups = [group for _ in range(3) for group in loop.buffer.try_cut(0) or []]
             assert len({tuple(t.input_ids.tolist()) for g in groups for t in g.trajectories}) > 30
 
     _run(main)

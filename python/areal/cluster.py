@@ -17,9 +17,10 @@ from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightsAck, WeightUpdateError
 from areal.inference.servers import RolloutServer, ServerStartError, n_servers, start_server
+from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
-from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model
+from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_lock
 from areal.runner import DropCounter
 from areal.stats import StatsLogger
 from areal.trainer.worker import TrainerHandle
@@ -58,15 +59,18 @@ class Cluster:
         self._published = asyncio.Event()
         self._acknowledged = asyncio.Event()
         self._evaluating = asyncio.Lock()
-        self._saving = asyncio.Lock()
+        self._tidying = asyncio.Lock()
+        self._n_saving = 0
         self._version_reused = asyncio.Lock()
 
     async def open(self) -> None:
+        refuse_second_start()
         config = self.config
         train, valid = self.given_rows
         self.train_dataset = train if isinstance(train, Iterator) else load_dataset(config.train_dataset, config.seed, given=train)
         self.valid_rows = held_out_rows(config, valid)
         self.run_folder = create_run_folder(config)
+        self._resources.enter_context(run_lock(self.run_folder))
         self.model_folder = prepare_model(config, self.run_folder)
         self.tokenizer = load_tokenizer(self.model_folder)
         self.display = self._resources.enter_context(Display(config, self.run_folder))
@@ -224,20 +228,30 @@ class Cluster:
 
     async def save(self, name: str) -> None:
         """A Hugging Face checkpoint under checkpoints/name, whole or not at all."""
-        begin = time.time()
-        async with self._saving:
-            await self.trainer.save(self.run_folder / "checkpoints" / name)
-        self.stats.span("trainer 0", "checkpoint", begin, time.time())
+        self._n_saving += 1
+        try:
+            done = await self.trainer.save(self.run_folder / "checkpoints" / name)
+        finally:
+            self._n_saving -= 1
+        self.stats.spans("trainer 0", done["spans"])
 
     async def save_step(self, step: int) -> None:
-        """A checkpoint during the run: one that fails is counted and shown, and the run goes on."""
+        """A checkpoint during the run: one that fails is counted and shown, and the run goes on.
+
+        It is left out while the one before is still being written: its weights would have to be kept until then, or be later ones.
+        """
+        if self._n_saving:
+            self.drops.add("checkpoint_skipped", f"that of step {step}: the one before is still being written")
+            self.display.note(f"no checkpoint of step {step}: the one before is still being written; raise saver.every_steps")
+            return
         try:
             await self.save(f"step_{step:06d}")
         except OSError as error:
             self.drops.add("checkpoint_failed", str(error))
             self.display.note(f"the checkpoint of step {step} could not be written: {error}")
             return
-        await asyncio.to_thread(keep_last, self.run_folder / "checkpoints", self.config.saver.keep)
+        async with self._tidying:
+            await asyncio.to_thread(keep_last, self.run_folder / "checkpoints", self.config.saver.keep)
 
     async def read_engines(self) -> tuple[int, float]:
         """Tokens generated and seconds busy, over all servers, since the last call."""

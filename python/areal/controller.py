@@ -43,6 +43,10 @@ from areal.types import Group, TrainBatch
 from areal.workflow.build import build_workflow
 
 
+class TrainerMisused(RuntimeError):
+    """A call out of order; the sentence says which one is missing."""
+
+
 class PPOTrainer:
     """A training run: ``with PPOTrainer(config) as trainer: trainer.train()``.
 
@@ -57,6 +61,7 @@ class PPOTrainer:
         self._given = [k for k, rows in (("train_dataset", train_dataset), ("valid_dataset", valid_dataset)) if rows is not None]
         self._asyncio = asyncio.Runner()
         self._started = 0.0
+        self._state = "new"
 
     def __enter__(self) -> PPOTrainer:
         self._started = time.monotonic()
@@ -68,9 +73,11 @@ class PPOTrainer:
         except BaseException:
             self.__exit__()
             raise
+        self._state = "entered"
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._state = "closed"
         try:
             self._in_loop(self._cluster.close())
         finally:
@@ -100,6 +107,10 @@ class PPOTrainer:
             eval_workflow, eval_workflow_kwargs: the same for held-out prompts; None = that of training, its ``gconfig`` argument
                 replaced by ``evaluator.gconfig``.
         """
+        if self._state != "entered":
+            how = {"new": "enter it first: with PPOTrainer(config) as trainer: trainer.train()"}.get(self._state, "make a new PPOTrainer")
+            raise TrainerMisused(f"this PPOTrainer is {self._state}; {how}")
+        self._state = "one that has trained"
         config, tokenizer = self.config, self._cluster.tokenizer
         self.workflow = build_workflow(config, tokenizer, workflow, workflow_kwargs)
         if eval_workflow is not None or workflow is None:
@@ -158,7 +169,7 @@ class PPOTrainer:
                     log.write(groups, step)
                 batch = await asyncio.to_thread(self._pack, groups)
                 train_stats = await cluster.trainer.train_step(batch)
-                clock.trained()
+                clock.trained(train_stats["spans"])
                 await cluster.publish(step + 1)
                 row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
                 await probe.complete(row, groups, step + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,11 +106,13 @@ class StepClock:
     def got_batch(self) -> None:
         self.batch_at = time.time()
 
-    def trained(self) -> None:
+    def trained(self, spans: Iterable[tuple[str, float, float]] = ()) -> None:
+        """``spans``: what the trainer says it did, as (kind, begin, end); without them all the time was training."""
         self.trained_at = time.time()
+        self._work = list(spans) or [("training", self.batch_at, self.trained_at)]
 
     def spans(self) -> list[tuple[str, str, float, float]]:
-        return [("trainer 0", "waiting", self.begin, self.batch_at), ("trainer 0", "training", self.batch_at, self.trained_at)]
+        return [("trainer 0", "waiting", self.begin, self.batch_at), *(("trainer 0", *span) for span in self._work)]
 
     def row(self, tokens_trained: int, tokens_generated: int, rollout_busy_seconds: float) -> dict[str, float]:
         """Rates since the end of the step before this one."""

@@ -11,7 +11,10 @@ fileroot/experiment_name/trial_name/
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,49 @@ import yaml
 
 from areal.config import ConfigError, GRPOConfig
 
+_LOCK = ".running"
+
 
 def create_run_folder(config: GRPOConfig) -> Path:
     """A new, empty folder; an earlier run of the same name is kept beside it with a number behind its name."""
     folder = Path(config.stats_logger.fileroot).expanduser() / config.experiment_name / config.trial_name
     folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(aside)
+    if _is_running(folder):
+        raise ConfigError(f"a run that is going on writes to {folder}", "give this one another trial_name")
     try:
+        if folder.exists() and any(folder.iterdir()):
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(aside)
         (folder / "logs").mkdir(parents=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text)
     except OSError as error:
         raise ConfigError(
-            f"the run's folder {folder} cannot be written ({error.strerror}); set stats_logger.fileroot to one that can"
+            f"the run's folder {folder} cannot be written ({error.strerror})", "set stats_logger.fileroot to a folder where it can"
         ) from error
     return folder
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Marks the folder as that of a run that is going on, until this process ends, in whatever way."""
+    with (folder / _LOCK).open("wb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        pass
+    return False
 
 
 def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
@@ -76,10 +103,19 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
 def load_tokenizer(model_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without tokenizer files
+            raise ValueError("its vocabulary is empty")
+        return tokenizer
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"actor.path={model_folder} has no tokenizer that can be loaded ({first_line})", "put tokenizer.json and tokenizer_config.json there"
+        ) from error
 
 
 def keep_last(checkpoints: Path, n: int) -> None:
     """Removes all step checkpoints but the last ``n``."""
-    for folder in sorted(checkpoints.glob("step_*"))[:-n]:
-        shutil.rmtree(folder)
+    for folder in sorted(f for f in checkpoints.glob("step_*") if f.name.removeprefix("step_").isdigit())[:-n]:
+        shutil.rmtree(folder, ignore_errors=True)

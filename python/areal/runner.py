@@ -119,6 +119,12 @@ async def run_episode(
         raise EpisodeDropped("bad_trajectory", str(error)) from error
     except TimeoutError as error:
         raise EpisodeDropped("request_timeout", str(error) or "a wait inside the workflow timed out") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Of something that the workflow itself waited for: the episode is lost, and must not vanish without a word.
+        raise EpisodeDropped("workflow_raised", "CancelledError: what the workflow waited for was cancelled") from error
     except Exception as error:  # boundary to the user's workflow: whatever it raises costs one group, counted
         log.debug("a workflow raised", exc_info=True)
         raise EpisodeDropped("workflow_raised", f"{type(error).__name__}: {error}") from error
@@ -205,6 +211,8 @@ class Runner:
             self._drop("malformed_row", f"a row is a dict, not {type(row).__name__}: {str(row)[:80]!r}")
             self._wake.set()
             return None
+        if "prompt_id" not in row:  # or all such prompts, and all their epochs, would have the same random numbers
+            row = {"prompt_id": f"row/{self._next_group}", **row}
         return row
 
     async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
@@ -243,7 +251,12 @@ class Runner:
             if others is not None:
                 raise others from None
             raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        trajectories, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
+        for trajectory in trajectories:
+            if len(trajectory) > longest:
+                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
+                raise EpisodeDropped("sample_too_long", why)
+        return trajectories
 
     def _drop(self, cause: str, message: str) -> None:
         self.drops.add(cause, message)

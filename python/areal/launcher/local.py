@@ -19,6 +19,14 @@ IMPORTING_MAIN_VARIABLE = "AREAL_IMPORTING_MAIN"
 _PR_SET_PDEATHSIG = 1
 
 
+def refuse_second_start() -> None:
+    """Raises in a worker that imports the training script: nothing of a run may begin there, not even its folder."""
+    if IMPORTING_MAIN_VARIABLE in os.environ:
+        raise RuntimeError(
+            "the training script started again while a worker imported it; put its start under if __name__ == '__main__':"
+        )
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as s:
@@ -57,10 +65,7 @@ class ChildProcess:
         python: str = sys.executable,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        if IMPORTING_MAIN_VARIABLE in os.environ:
-            raise RuntimeError(
-                "the training script started again while a worker imported it; put its start under if __name__ == '__main__':"
-            )
+        refuse_second_start()
         self.name = name
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ class TrainEngine:
                     known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
                 self._ppo_backward(x, known, minibatch.denominator, stats)
             self._optimizer_step(lr_scale, stats)
-        stats.span("train", recomputed, time.time())
+        stats.span("training", recomputed, time.time())
         self._train_steps += 1
         return self._finish(stats, lr_scale, len(minibatches))
 
@@ -160,7 +160,7 @@ class TrainEngine:
             stats.add(sums)
             stats.add({"entropy": entropy.sum()})
         self._optimizer_step(lr_scale, stats)
-        stats.span("train", begin, time.time())
+        stats.span("training", begin, time.time())
         self._train_steps += 1
         return self._finish(stats, lr_scale, 1)
 
