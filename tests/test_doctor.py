@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from areal import doctor
+from areal.doctor import TRAIN_PACKAGES
 
 
 def in_shell(prefix: str, check: str) -> dict[str, str]:
@@ -68,3 +71,9 @@ def test_gpus_are_named() -> None:
 
 def test_sizes() -> None:
     assert [doctor._size(n) for n in (5, 64 << 20, 3 << 29, 200 << 30)] == ["5 bytes", "64 MiB", "1.5 GiB", "200 GiB"]
+
+
+def test_packages_looked_for_are_those_that_training_installs() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=]", line)[0].lower() for line in project["optional-dependencies"]["train"]}
+    assert {name.lower() for name in TRAIN_PACKAGES} == wanted

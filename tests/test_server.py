@@ -110,6 +110,16 @@ def test_generate(server: Server) -> None:
     assert content["text"] == "".join(_CHARACTERS[i] for i in content["output_ids"] if i > 1)
 
 
+def test_without_a_length_an_answer_may_fill_the_context(folder: Path) -> None:
+    server = Server(folder, "--max-context", "32")
+    try:
+        content = server.post("/generate", {"input_ids": [3, 4, 5], "sampling_params": {"ignore_eos": True}})
+        assert content["meta_info"]["completion_tokens"] == 29
+        assert "exceed the context of 32" in server.refusal("/generate", {"input_ids": list(range(3, 12)) * 4})
+    finally:
+        server.process.terminate()
+
+
 def test_several_prompts_and_several_samples(server: Server) -> None:
     sampling = {"max_new_tokens": 6, "sampling_seed": 1, "n": 3, "ignore_eos": True}
     contents = server.post("/generate", {"input_ids": [[3, 4], [5, 6, 7]], "sampling_params": sampling})
@@ -161,6 +171,7 @@ def test_streaming_sends_growing_answers(server: Server) -> None:
         ({"input_ids": [3], "sampling_params": {"top_p": 2}}, "top_p is 2"),
         ({"input_ids": [3], "sampling_params": {"frequency_penalty": 0.5}}, "frequency_penalty is 0.5, which the embedded"),
         ({"input_ids": [3], "sampling_params": {"tempreature": 1}}, "unknown field 'tempreature'"),
+        ({"input_ids": [3], "return_logprob": True, "logprob_start_len": 0}, "logprob_start_len is 0, which"),
         ({"input_ids": [3], "sampling_params": {"n": 0}}, "n is 0"),
         ({"input_ids": [3], "rid": 7}, "rid must be a string"),
         ({"input_ids": [3], "sampling_params": {"stop_token_ids": [2**63]}}, "no 64-bit number"),

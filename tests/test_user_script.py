@@ -131,3 +131,26 @@ def test_names_in_place_of_objects_as_areals_scripts_give_them(tmp_path: Path) -
     assert workflow.reward_fn is arithmetic_reward and workflow.tokenizer.decode(workflow.tokenizer("a7=")["input_ids"]) == "a7="
     with pytest.raises(ConfigError, match=r"reward_fn=.no\.such."):
         RLVRWorkflow("no.such", GenerationConfig())
+
+
+REWARD = """
+def reward(prompt, completions, prompt_ids, completion_ids, **row):
+    return float(len(completion_ids) % 2)
+"""
+
+
+def test_the_command_finds_a_reward_function_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    code = "import sys; del sys.path[0]; from areal.cli import main; sys.exit(main())"  # as the installed script does
+    words = [*SMALL, f"stats_logger.fileroot={tmp_path / 'runs'}", "warmup=null", "total_train_steps=1"]
+
+    def train(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, "train", *words, f"reward_fn={name}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path)
+
+    refused = train("my_rewards:reward")
+    assert refused.returncode == 2 and "reward_fn='my_rewards:reward' cannot be imported" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    done = train("my_reward:reward")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(Path(done.stdout.split()[-1]).read_text())["train_steps"] == 1

@@ -118,6 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_failure(error)
 
 
+def _import_from_here() -> None:
+    """Users' functions lie in the folder that they start from, as for ``python -m areal``."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _log_warnings() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -136,6 +143,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     check_machine(config)
     _log_warnings()
+    _import_from_here()
     from areal.controller import run_train
 
     run_folder = run_train(config)
@@ -181,6 +189,7 @@ def _eval(args: argparse.Namespace) -> int:
     config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"], GRPOConfig)
     check_machine(config)
     _log_warnings()
+    _import_from_here()
     from areal.eval_command import run_eval
 
     print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))

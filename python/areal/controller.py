@@ -40,7 +40,7 @@ from areal.sft import warm_up
 from areal.staleness import StalenessManager
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
-from areal.workflow.build import build_workflow
+from areal.workflow.build import build_workflow, reward_function
 
 
 class TrainerMisused(RuntimeError):
@@ -226,6 +226,7 @@ class PPOTrainer:
 
 def run_train(config: GRPOConfig) -> Path:
     """``areal train``: one run, start to end; returns its folder."""
+    reward_function(config)  # a name that leads nowhere is told before anything starts
     with PPOTrainer(config) as trainer:
         trainer.train()
     return trainer.run_folder

@@ -32,7 +32,6 @@ TRAIN_PACKAGES = (
     "rich",
     "matplotlib",
     "tensorboard",
-    "pebble",
     "math-verify",
 )
 MIN_FILES = 4096
@@ -79,7 +78,7 @@ def check_extension() -> Finding:
         hint = "slower Python code stands in; `pip install .` in areal's folder builds it (a C++ compiler is needed)"
         return Finding("extension", "problem", "areal._C is not built", hint)
     cuda = f"CUDA {info['cuda']}" if info.get("cuda") else "no CUDA kernels"
-    return Finding("extension", "ok", f"areal._C, {info.get('compiler', 'unknown compiler')}, {cuda}")
+    return Finding("extension", "ok", f"areal._C, compiler {info.get('compiler', 'unknown')}, {cuda}")
 
 
 def check_torch() -> Finding:

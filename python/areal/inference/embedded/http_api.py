@@ -91,7 +91,7 @@ class EngineServer:
     async def generate(self, http: web.Request) -> web.StreamResponse:
         start = time.perf_counter()
         engine = self._engine
-        call = parse_generate(_json(await http.read()), engine.tokenizer)
+        call = parse_generate(_json(await http.read()), engine.tokenizer, engine.max_context)
         for request in call.requests:
             engine.check(request)
         if call.stream:

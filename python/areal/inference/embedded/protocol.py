@@ -9,6 +9,7 @@ from typing import Any
 from areal.inference.embedded.request import Answer, GenerateRequest, RequestError, SamplingParams
 from areal.inference.embedded.sampling import seed_of_sample
 
+_DEFAULT_LENGTH = 128
 _NUMBERS = {"max_new_tokens": int, "min_new_tokens": int, "temperature": float, "top_p": float, "top_k": int, "sampling_seed": int}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
@@ -28,6 +29,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_NEUTRAL_OUTSIDE: dict[str, tuple[Any, ...]] = {
+    "logprob_start_len": (None, -1),
+    "top_logprobs_num": (None, 0),
+    "token_ids_logprob": (None, []),
+    "return_hidden_states": (None, False),
+    "input_embeds": (None,),
+    "image_data": (None, []),
+    "audio_data": (None, []),
+    "video_data": (None, []),
+    "lora_path": (None,),
+    "custom_logit_processor": (None,),
+}
+
+
 @dataclass(slots=True)
 class GenerateCall:
     """One POST /generate: ``requests`` holds n samples of the first prompt, then of the next."""
@@ -40,10 +55,13 @@ class GenerateCall:
     skip_special_tokens: bool
 
 
-def parse_generate(body: Any, tokenizer: Any) -> GenerateCall:
-    """Raises RequestError naming the field."""
+def parse_generate(body: Any, tokenizer: Any, max_context: int = 1 << 30) -> GenerateCall:
+    """Raises RequestError naming the field. Without max_new_tokens an answer may have SGLang's 128, or what the context leaves."""
     if not isinstance(body, dict):
         raise RequestError("the body of /generate must be a JSON object")
+    for name, values in _NEUTRAL_OUTSIDE.items():
+        if body.get(name) not in values:
+            raise RequestError(f"{name} is {str(body[name])[:80]}, which the embedded engine does not support; leave it out")
     prompts, is_batch = _prompts(body, tokenizer)
     sampling = body.get("sampling_params") or {}
     per_prompt = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
@@ -55,6 +73,7 @@ def parse_generate(body: Any, tokenizer: Any) -> GenerateCall:
     for prompt, fields, rid in zip(prompts, per_prompt, rids, strict=True):
         params, n_samples = parse_sampling(fields)
         seed = params.pop("sampling_seed", None)
+        params.setdefault("max_new_tokens", max(1, params.get("min_new_tokens", 0), min(_DEFAULT_LENGTH, max_context - len(prompt))))
         for sample in range(n_samples):
             keyed = SamplingParams(**params, sampling_seed=None if seed is None else seed_of_sample(seed, sample))
             requests.append(GenerateRequest(prompt, keyed, rid))

@@ -44,8 +44,10 @@ def _worst_error(config: PretrainedConfig) -> float:
         for parameter in model.parameters():  # with a fresh model's small weights no mistake shows
             parameter.add_(0.08 * torch.randn_like(parameter))
         engine = EmbeddedEngine(model, max_running_requests=3)
-        prompts = [torch.randint(1, model.config.vocab_size, (n,)).tolist() for n in _PROMPTS]
-    params = [SamplingParams(max_new_tokens=n, ignore_eos=True, sampling_seed=n) for n in _NEW_TOKENS]
+        room = engine.max_context
+        prompts = [torch.randint(1, model.config.vocab_size, (min(n, room // 2),)).tolist() for n in _PROMPTS]
+    lengths = [min(n, room - len(prompt)) for n, prompt in zip(_NEW_TOKENS, prompts, strict=True)]
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True, sampling_seed=seed) for seed, n in enumerate(lengths)]
     answers = engine.generate(map(GenerateRequest, prompts, params))
     return max(_error(model, answer) for answer in answers)
 
