@@ -223,7 +223,14 @@ def test_workflows_that_misbehave(server: Server) -> None:
         loop = _Loop(_config(rollout={"episode_timeout": 1.0}), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
-            expected = {"workflow_raised": 2, "sample_too_long": 1, "workflow_none": 1, "episode_timeout": 1, "bad_trajectory": 1, "too_dull": 1}
+            expected = {
+                "workflow_raised": 2,
+                "sample_too_long": 1,
+                "workflow_none": 1,
+                "episode_timeout": 1,
+                "bad_trajectory": 1,
+                "too_dull": 1,
+            }
             assert loop.drops.totals == dict(sorted(expected.items()))
 
     _run(main)

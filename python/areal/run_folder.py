@@ -111,7 +111,8 @@ def load_tokenizer(model_folder: Path) -> Any:
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"actor.path={model_folder} has no tokenizer that can be loaded ({first_line})", "put tokenizer.json and tokenizer_config.json there"
+            f"actor.path={model_folder} has no tokenizer that can be loaded ({first_line})",
+            "put tokenizer.json and tokenizer_config.json there",
         ) from error
 
 

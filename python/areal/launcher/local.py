@@ -22,9 +22,7 @@ _PR_SET_PDEATHSIG = 1
 def refuse_second_start() -> None:
     """Raises in a worker that imports the training script: nothing of a run may begin there, not even its folder."""
     if IMPORTING_MAIN_VARIABLE in os.environ:
-        raise RuntimeError(
-            "the training script started again while a worker imported it; put its start under if __name__ == '__main__':"
-        )
+        raise RuntimeError("the training script started again while a worker imported it; put its start under if __name__ == '__main__':")
 
 
 def free_port() -> int:
