@@ -13,7 +13,7 @@ from rich.console import Console
 
 from areal.config import GRPOConfig
 from areal.config_load import build_config
-from areal.display import Display
+from areal.display import Display, shorten
 from areal.display_panel import RunPanel, bar, clock, count, sparkline
 from areal.evaluation import Evaluation, SampleAnswer
 
@@ -188,3 +188,7 @@ def test_small_parts() -> None:
     assert sparkline([], 8) == sparkline([1.0], 8) == ""
     assert sparkline([1.0, 1.0], 8) == "▁▁"
     assert sparkline(list(range(100)), 8) == "▁▂▃▄▅▆▇█"
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
+    assert shorten("a\x1b[2Jb\x07\nc") == "a�[2Jb�\nc" and len(shorten("x" * 5000)) < 450

@@ -197,6 +197,7 @@ def sample_answers(samples: Sequence[Any], most: int = 6) -> Table:
 
 
 def shorten(text: str, most: int = 400) -> str:
-    """The beginning and the end of a long text."""
+    """The beginning and the end of a long text; a model's control characters must not reach the terminal."""
+    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
     half = most // 2
     return text if len(text) <= most else f"{text[:half]} […{len(text) - most} characters…] {text[-half:]}"

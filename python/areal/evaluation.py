@@ -49,7 +49,7 @@ def held_out_rows(config: GRPOConfig, given: Any = None) -> list[dict[str, Any]]
     n = config.evaluator.n_prompts
     if given is not None:
         if isinstance(given, Iterator) and not isinstance(given, PromptDataset):
-            return list(itertools.islice(given, n))
+            return [{"prompt_id": f"valid_dataset/{i}", **row} for i, row in enumerate(itertools.islice(given, n))]
         rows = given if isinstance(given, PromptDataset) else load_dataset(config.held_out, config.seed, "valid", given=given)
         return rows.first(n)
     source = config.valid_dataset or (config.train_dataset if config.train_dataset.type == "arithmetic" else None)
