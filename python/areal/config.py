@@ -281,6 +281,15 @@ class EvaluatorConfig(_Node):
     """Sampling in evaluation; what it does not give is as in training, with one sample."""
 
 
+def drift_bound(configured: float | None, dtype: str, update_mode: str) -> float:
+    """The bound in force; infinite where there is none."""
+    if configured is not None:
+        return configured
+    if update_mode == "in_place":
+        return float("inf")
+    return 1e-4 if dtype == "float32" else 0.05
+
+
 class StatsLoggerConfig(_Node):
     """What a run writes down."""
 
@@ -290,8 +299,9 @@ class StatsLoggerConfig(_Node):
     """Write event files for TensorBoard."""
     dump_trajectories: bool = False
     """Write every consumed batch as JSONL."""
-    logprob_drift_bound: float = Field(1e-4, gt=0)
-    """Warn when engine and trainer log-probs of the same version differ by more than this."""
+    logprob_drift_bound: float | None = Field(None, gt=0)
+    """Warn when engine and trainer log-probs of the same version differ by more than this; null = 1e-4 in float32, 0.05 in
+    bfloat16, no warning with update_mode in_place (K/V of mixed versions cannot be recomputed)."""
 
 
 class RewardConfig(_Node):

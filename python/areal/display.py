@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from areal.config import GRPOConfig
+from areal.config import GRPOConfig, drift_bound
 from areal.display_panel import RunPanel, RunState, clock, count, is_number, number, share, tiny
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Display:
             title=f"{config.experiment_name}/{config.trial_name}",
             total_steps=config.total_train_steps,
             eta=config.rollout.max_head_offpolicyness,
-            drift_bound=config.stats_logger.logprob_drift_bound,
+            drift_bound=drift_bound(config.stats_logger.logprob_drift_bound, config.actor.dtype, config.rollout.update_mode),
             warmup_total=config.warmup.total_steps if config.warmup else 0,
         )
         live = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.encoding.startswith("utf")

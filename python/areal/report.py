@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from areal.config import ConfigError
+from areal.config import ConfigError, drift_bound
 from areal.report_timeline import Timeline, draw_detail, draw_overview, label_busy, legend_patches, load_timeline, within
 from areal.stats import read_jsonl
 
@@ -328,14 +328,16 @@ def _drift(axes: Axes, run: Run) -> None:
         if np.isfinite(positive).any():
             axes.plot(run.column("step"), positive, color=color, linewidth=1.3, marker=".", markersize=4, label=label)
             shown = True
-    bound = run.setting("stats_logger", "logprob_drift_bound")
+    bound = drift_bound(
+        run.setting("stats_logger", "logprob_drift_bound"), run.setting("actor", "dtype") or "", run.setting("rollout", "update_mode") or ""
+    )
     if not shown:
         axes.text(
             0.5, 0.5, "no trained token was of the current version", transform=axes.transAxes, ha="center", va="center", color="#71717a"
         )
         return
     axes.set_yscale("log")
-    if bound is not None:
+    if np.isfinite(bound):
         axes.axhline(bound, color=RED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"bound {bound:g}")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 3, high * 12)
