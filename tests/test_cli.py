@@ -14,6 +14,7 @@ import yaml
 
 from areal.cli import main
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 gconfig: {n_samples: 4, max_new_tokens: 64}
 actor:
@@ -87,6 +88,17 @@ def test_help_and_version() -> None:
         assert areal(command, "--help").returncode == 0
     assert areal("--version").stdout.strip() == "0.1.0"
     assert areal().stdout == out.stdout
+
+
+def test_the_reward_function_is_looked_for_before_anything_starts(tmp_path):
+    (tmp_path / "my_rewards.py").write_text("raise RuntimeError('this is my module')")
+    words = [str(ROOT / "examples" / "arithmetic.yaml"), f"stats_logger.fileroot={tmp_path}", "reward_fn=my_rewards:score"]
+    # -P as the console script, whose sys.path does not begin with the current folder
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "areal", "train", *words], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
+    assert_refused(done, "reward_fn='my_rewards:score' cannot be imported (RuntimeError: this is my module)", "package.module:name")
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "__pycache__"] == []
 
 
 def assert_refused(out: subprocess.CompletedProcess[str], message: str, hint: str) -> None:

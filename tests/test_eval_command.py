@@ -84,11 +84,32 @@ def test_nothing_to_evaluate_on(run_folder: Path) -> None:
 def test_server_that_cannot_start_is_a_sentence(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "model"
     broken.mkdir()
+    build_tokenizer().save_pretrained(broken)
     (broken / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 64}')
     assert main(["eval", str(broken), "--config", str(run_folder / "config.yaml")]) == 1
     error = capsys.readouterr().err
     assert "error: a rollout server died while starting: rollout 0" in error
     assert "Traceback" not in error.partition("its log")[0]
+
+
+def test_server_that_dies_is_a_sentence_at_once(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from areal import eval_command
+    from areal.evaluation import evaluate
+
+    async def kill_first(client: Any, *args: Any, **kwargs: Any) -> Any:
+        for server in client._servers.values():
+            os.kill(server.process.pid, signal.SIGKILL)
+        return await evaluate(client, *args, **kwargs)
+
+    monkeypatch.setattr(eval_command, "evaluate", kill_first)
+    begin = time.monotonic()
+    assert main(["eval", str(run_folder / "checkpoints" / "final")]) == 1
+    error = capsys.readouterr().err
+    assert "error: no rollout server is alive" in error and "SIGKILL" in error and "Traceback" not in error
+    assert time.monotonic() - begin < 60  # not rollout.startup_timeout later
+    assert not children_of(run_folder)
 
 
 def test_serve_answers_and_ends_on_ctrl_c(run_folder: Path, tmp_path: Path) -> None:

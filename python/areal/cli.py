@@ -141,9 +141,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.check:
         print(dump_yaml(config), end="")
         return 0
+    _import_from_here()
     check_machine(config)
     _log_warnings()
-    _import_from_here()
     from areal.controller import run_train
 
     run_folder = run_train(config)
@@ -187,9 +187,9 @@ def _eval(args: argparse.Namespace) -> int:
     if file is None:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
     config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"], GRPOConfig)
+    _import_from_here()
     check_machine(config)
     _log_warnings()
-    _import_from_here()
     from areal.eval_command import run_eval
 
     print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))

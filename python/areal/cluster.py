@@ -34,6 +34,14 @@ class RunFailed(RuntimeError):
     """What ends a run: one sentence, with the last log lines of who died."""
 
 
+def first_error(group: BaseExceptionGroup) -> BaseException:
+    """The error that ended a task group: its first member that is not a mere consequence."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What the trainer published last."""

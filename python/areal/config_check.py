@@ -166,11 +166,15 @@ def _check_deterministic(config: GRPOConfig) -> None:
 
 
 def check_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
-    """Raises ``ConfigError`` for a model, data file or GPU that the configuration needs and this machine does not have.
+    """Raises ``ConfigError`` for a model, data file, reward function or GPU that the configuration needs and this machine does not have.
 
     ``given`` names the data sets whose rows are there already.
     """
     _check_gpus(config)
+    if config.reward_fn:
+        from areal.workflow.build import reward_function
+
+        reward_function(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):

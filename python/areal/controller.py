@@ -28,7 +28,7 @@ from typing import Any
 
 from areal.algo.advantage import compute_advantages
 from areal.buffer import TrajectoryBuffer
-from areal.cluster import Cluster
+from areal.cluster import Cluster, first_error
 from areal.config import GRPOConfig
 from areal.config_check import check_config, check_machine
 from areal.drift import DriftProbe
@@ -125,7 +125,7 @@ class PPOTrainer:
         try:
             return self._asyncio.run(coroutine)
         except BaseExceptionGroup as group:
-            raise _first_error(group) from group
+            raise first_error(group) from group
 
     async def _train(self) -> RunTotals:
         config, cluster, totals = self.config, self._cluster, self.totals
@@ -230,11 +230,3 @@ def run_train(config: GRPOConfig) -> Path:
     with PPOTrainer(config) as trainer:
         trainer.train()
     return trainer.run_folder
-
-
-def _first_error(group: BaseExceptionGroup) -> BaseException:
-    """The error that ended a task group: its first member that is not a mere consequence."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

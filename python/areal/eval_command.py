@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+from areal.cluster import first_error
 from areal.config import ConfigError, GRPOConfig
 from areal.evaluation import Evaluation, evaluate, held_out_rows
 from areal.inference.client import RolloutClient
@@ -22,29 +23,30 @@ def run_eval(config: GRPOConfig) -> Evaluation:
     rows = held_out_rows(config)
     if not rows:
         raise ConfigError("there are no held-out prompts to evaluate on", "set valid_dataset, and evaluator.n_prompts above 0")
-    return asyncio.run(_run(config, Path(config.actor.path).expanduser(), rows))
+    try:
+        return asyncio.run(_run(config, Path(config.actor.path).expanduser(), rows))
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
 
 
 async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]]) -> Evaluation:
+    tokenizer = load_tokenizer(model_folder)
+    workflow = build_workflow(config, tokenizer, evaluation=True)
     async with AsyncExitStack() as resources:
         logs = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="areal_eval_")))
         rewards = RewardService(config.reward.workers, config.reward.timeout, logs)
         await resources.enter_async_context(rewards)
-        client = RolloutClient(config.rollout)
+        client = RolloutClient(config.rollout.new(max_restarts=0))  # nobody replaces a server here
         resources.push_async_callback(client.close)
         try:
             async with asyncio.TaskGroup() as starting:
                 started = [
                     starting.create_task(start_server(config, model_folder, logs, i)) for i in range(n_servers(config.rollout.backend))
                 ]
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from group
         finally:
             for task in started:
                 if not task.cancelled() and task.exception() is None:
                     resources.callback(task.result().process.terminate)
         for task in started:
             client.add_server(task.result().url, task.result().process)
-        tokenizer = load_tokenizer(model_folder)
-        workflow = build_workflow(config, tokenizer, evaluation=True)
         return await evaluate(client, workflow, rows, seed=config.seed, tokenizer=tokenizer)

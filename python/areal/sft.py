@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
+from areal.config_check import check_config, check_machine
 from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
 from areal.tasks.arithmetic import THINKING_PREFIX
@@ -156,6 +157,7 @@ class SupervisedRun:
         finally:
             if self._checking is not None:
                 self._checking.cancel()
+                await asyncio.gather(self._checking, return_exceptions=True)
         self.result.dropped = dict(self._demonstrations.dropped)
         return self.result
 
@@ -313,9 +315,11 @@ class SFTTrainer:
         self._asyncio = asyncio.Runner()
 
     def __enter__(self) -> Self:
+        check_config(self.config)
+        check_machine(self.config, [] if self._cluster.given_rows[0] is None else ["train_dataset"])
         self._asyncio.__enter__()
         try:
-            self._asyncio.run(self._cluster.open())
+            self._in_loop(self._cluster.open())
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -323,7 +327,7 @@ class SFTTrainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._asyncio.run(self._cluster.close())
+            self._in_loop(self._cluster.close())
         finally:
             self._asyncio.close()
 
@@ -333,13 +337,24 @@ class SFTTrainer:
 
     def train(self) -> SFTResult:
         """Runs the recipe and writes the checkpoint."""
-        return self._asyncio.run(self._train())
+        return self._in_loop(self._train())
+
+    def _in_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        from areal.cluster import first_error
+
+        try:
+            return self._asyncio.run(coroutine)
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
 
     async def _train(self) -> SFTResult:
         from areal.workflow.build import build_workflow
 
         cluster = self._cluster
         workflow = build_workflow(self.config, cluster.tokenizer) if self._checked else None
-        result = await warm_up(self.config, cluster, workflow)
-        await cluster.save("final")
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(cluster.watch() if self._checked else asyncio.sleep(0))
+            result = await warm_up(self.config, cluster, workflow)
+            await cluster.save("final")
+            watching.cancel()
         return result

@@ -58,8 +58,10 @@ def import_object(key: str, path: str) -> Any:
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}='{path}' cannot be imported ({error})", "write package.module:name of something that can") from error
+    except Exception as error:  # boundary to the user's module, which may raise anything
+        raise ConfigError(
+            f"{key}='{path}' cannot be imported ({type(error).__name__}: {error})", "write package.module:name of something that can"
+        ) from error
 
 
 def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
