@@ -65,11 +65,12 @@ def test_controller_killed_leaves_no_process(tmp_path: Path) -> None:
     assert_all_gone(family[1:])
 
 
-def test_ctrl_c_ends_everything_quickly(tmp_path: Path, shared_memory: None) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_everything_quickly(tmp_path: Path, shared_memory: None, number: signal.Signals) -> None:
     run = TrainRun(tmp_path, LONG)
     run.wait_for_step(2)
     family = run.family()
-    os.kill(run.process.pid, signal.SIGINT)
+    os.kill(run.process.pid, number)
     assert run.finish(30) == 130
     assert "interrupted" in run.stderr
     assert "Traceback" not in run.stderr

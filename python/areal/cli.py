@@ -125,6 +125,15 @@ def _import_from_here() -> None:
         sys.path.insert(0, here)
 
 
+def _end_in_order() -> None:
+    """SIGTERM (kill, a job scheduler) and SIGHUP (a lost terminal) are as Ctrl-C: processes and shared memory are cleaned up."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so do we then
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 def _log_warnings() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -142,6 +151,7 @@ def _train(args: argparse.Namespace) -> int:
         print(dump_yaml(config), end="")
         return 0
     _import_from_here()
+    _end_in_order()
     check_machine(config)
     _log_warnings()
     from areal.controller import run_train
@@ -188,6 +198,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
     config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"], GRPOConfig)
     _import_from_here()
+    _end_in_order()
     check_machine(config)
     _log_warnings()
     from areal.eval_command import run_eval
