@@ -109,6 +109,12 @@ def test_supervised_training_on_own_rows(tmp_path: Path) -> None:
     assert (result.steps, result.dropped) == (4, {}) and (trainer.run_folder / "checkpoints" / "final" / "config.json").is_file()
 
 
+def test_a_trainer_that_was_not_entered_says_so(tmp_path: Path) -> None:
+    config, _ = load_expr_config([*SMALL, f"stats_logger.fileroot={tmp_path}"])
+    with pytest.raises(RuntimeError, match=r"this PPOTrainer is new; enter it first: with PPOTrainer\(config\)"):
+        PPOTrainer(config).train()
+
+
 def test_an_impossible_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
     config, _ = load_expr_config([*SMALL, f"stats_logger.fileroot={tmp_path}"])
     with (
