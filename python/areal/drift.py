@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from areal.cluster import Cluster
+from areal.inference.client import RequestRejected
 from areal.packer import pack
 from areal.types import Group, ModelRequest, ModelResponse, Trajectory
 
@@ -60,7 +61,11 @@ class DriftProbe:
         if not prompts:
             return {}
         await cluster.wait_for_version(version)
-        answers = await asyncio.gather(*(cluster.client.agenerate(ModelRequest(prompt, short)) for prompt in prompts))
+        try:
+            answers = await asyncio.gather(*(cluster.client.agenerate(ModelRequest(prompt, short)) for prompt in prompts))
+        except (RequestRejected, TimeoutError) as error:  # a measurement that fails is no reason to end the run
+            cluster.display.note(f"the log-probs of both sides could not be compared: {error}")
+            return {}
         samples = [_sample(answer) for answer in answers]
         microbatch = pack(samples, [np.zeros(len(s), np.float32) for s in samples])
         logprobs = await cluster.trainer.logprobs(microbatch)
