@@ -1,6 +1,6 @@
 # make demo | test | lint | format | build | bench | clean        everything happens in .venv; nothing else is installed or changed
 #   PYTHON=python3.12     interpreter (>= 3.11) to make .venv with
-#   TORCH_INDEX=URL       package index for torch alone, e.g. https://download.pytorch.org/whl/cpu for the CPU-only builds
+#   TORCH_INDEX=URL       package index for torch alone, for instance PyTorch's own of CPU-only builds
 #   AREAL_CUDA=OFF        leave the CUDA kernels out (AUTO, ON, OFF)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
