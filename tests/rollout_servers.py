@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from aiohttp import web
 
 from areal.launcher.local import ChildProcess, free_port
 
@@ -61,3 +65,17 @@ class Server:
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.05)
         raise AssertionError(f"not ready after {timeout} s: {self.process.last_log_lines(30)}")
+
+
+@contextlib.asynccontextmanager
+async def aiohttp_server(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port := free_port())
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await runner.cleanup()
