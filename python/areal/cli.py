@@ -129,6 +129,8 @@ def _end_in_order() -> None:
     """SIGTERM (kill, a job scheduler) and SIGHUP (a lost terminal) are as Ctrl-C: processes and shared memory are cleaned up."""
     import signal
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts its background jobs; the way out goes through it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so do we then
             signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
