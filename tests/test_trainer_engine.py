@@ -157,7 +157,7 @@ def test_naive_ppo_without_recompute_uses_the_behaviour_policy(model_folder, tmp
     stats = naive.train_step(rank_part(make_batch(n_minibatches=2)))
     assert stats["ratio_mean"] != 1.0
     assert stats["importance_weight_mean"] == 1.0
-    assert [kind for kind, _, _ in stats["spans"]] == ["train"]
+    assert [kind for kind, _, _ in stats["spans"]] == ["training"]
 
 
 def test_nonfinite_steps_are_skipped_counted_and_end_the_run(model_folder, tmp_path):
