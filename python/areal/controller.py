@@ -70,7 +70,7 @@ class PPOTrainer:
         self._asyncio.__enter__()
         try:
             self._in_loop(self._cluster.open())
-        except BaseException:
+        except BaseException:  # also Ctrl-C while starting: what was started must end
             self.__exit__()
             raise
         self._state = "entered"

@@ -320,7 +320,7 @@ class SFTTrainer:
         self._asyncio.__enter__()
         try:
             self._in_loop(self._cluster.open())
-        except BaseException:
+        except BaseException:  # also Ctrl-C while starting: what was started must end
             self.__exit__(None, None, None)
             raise
         return self
