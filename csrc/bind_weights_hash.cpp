@@ -27,8 +27,11 @@ uint64_t call_copy_and_hash(const std::vector<std::array<uint64_t, 4>>& rows, un
 }
 
 #ifdef AREAL_CUDA_VERSION
-void call_weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintptr_t sum, uintptr_t stream) {
-  const char* error = areal::weights_hash_cuda(reinterpret_cast<const void*>(data), bytes, key, reinterpret_cast<uint64_t*>(sum), stream);
+// table: n rows of (address, bytes, key, first chunk) in device memory.
+void call_weights_hash_cuda(uintptr_t table, uint64_t n, uint64_t chunks, uintptr_t sum, uintptr_t stream) {
+  py::gil_scoped_release release;
+  const char* error =
+      areal::weights_hash_cuda(reinterpret_cast<const areal::HashRow*>(table), n, chunks, reinterpret_cast<uint64_t*>(sum), stream);
   if (error != nullptr) throw std::runtime_error(std::string("weights_hash: ") + error);
 }
 #endif
@@ -38,7 +41,8 @@ void call_weights_hash_cuda(uintptr_t data, uint64_t bytes, uint64_t key, uintpt
 void areal::bind_weights_hash(py::module_& module) {
   module.def("copy_and_hash", &call_copy_and_hash, py::arg("rows"), py::arg("threads"), py::arg("instruction_set") = "");
 #ifdef AREAL_CUDA_VERSION
-  module.def("weights_hash_cuda", &call_weights_hash_cuda, py::arg("data"), py::arg("bytes"), py::arg("key"), py::arg("sum"),
+  module.attr("weights_hash_cuda_chunk") = areal::kHashChunk;
+  module.def("weights_hash_cuda", &call_weights_hash_cuda, py::arg("table"), py::arg("n"), py::arg("chunks"), py::arg("sum"),
              py::arg("stream"));
 #endif
 }

@@ -7,19 +7,14 @@
 #include "hash_mix.h"
 #include "instruction_sets.h"
 #include "parallel.h"
-
-#ifdef AREAL_X86
-#include <immintrin.h>
-#endif
+#include "streaming.h"
 
 namespace areal {
 
 using HashWords = uint64_t(const uint8_t* source, uint8_t* target, uint64_t words, uint64_t first, uint64_t key, bool stream);
 
 namespace baseline {
-#define VECTOR_BYTES 8
-#define STREAM_STORE(address, value) __builtin_memcpy(address, &(value), VECTOR_BYTES)
-#include "hash_loop.h"
+#include "weights_hash_loop.h"
 }  // namespace baseline
 
 AREAL_VARIANTS(HashWords, hash_words)

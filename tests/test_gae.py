@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def recurrence(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float
     """The advantages in float64, token by token."""
     r, v, ends = rewards.tolist(), values.tolist(), cu_seqlens.tolist()
     advantages = [0.0] * len(r)
-    for i, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for i, (begin, end) in enumerate(itertools.pairwise(ends)):
         advantage, next_value = 0.0, 0.0 if bootstrap is None else bootstrap[i].item()
         for t in reversed(range(begin, end)):
             advantage = r[t] + gamma * next_value - v[t] + gamma * lam * advantage

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import struct
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from areal.ops import BackendUnavailable
 from areal.ops._dispatch import build_info, compiled_module, missing_cpp
-from areal.ops.weights_hash import HashedCopy, copy_and_hash, tensor_key, weights_hash
+from areal.ops.weights_hash import HashedCopy, _op, copy_and_hash, tensor_key, weights_hash
+from tests.op_backends import backends
 
 needs_cpp = pytest.mark.skipif(missing_cpp() is not None, reason=str(missing_cpp()))
-BACKENDS = ["torch", pytest.param("cpp", marks=needs_cpp), pytest.param("cuda", marks=pytest.mark.gpu)]
+ALL = pytest.mark.parametrize(("backend", "device"), backends("torch", "cpp", "cuda"))
 MASK = 2**64 - 1
 
 
@@ -49,14 +52,15 @@ def some_tensors() -> dict[str, Tensor]:
     }
 
 
-def place(tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    return {name: tensor.cuda() for name, tensor in tensors.items()} if backend == "cuda" else tensors
+def place(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_is_the_defined_sum(backend: str) -> None:
+@ALL
+def test_is_the_defined_sum(on_backend: tuple[str, str]) -> None:
+    backend, device = on_backend
     tensors = some_tensors()
-    assert weights_hash(place(tensors, backend), backend=backend) == hash_by_definition(tensors)
+    assert weights_hash(place(tensors, device), backend=backend) == hash_by_definition(tensors)
     assert weights_hash({}, backend=backend) == 0
 
 
@@ -64,17 +68,20 @@ def test_key_is_stable_across_processes_and_releases() -> None:
     assert tensor_key("w", (2, 3), torch.float32) == 11662625936681568773
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_large_tensors_agree_with_the_reference(backend: str) -> None:
+@ALL
+def test_large_tensors_agree_with_the_reference(on_backend: tuple[str, str]) -> None:
+    backend, device = on_backend
     # Beyond the chunks of all backends, and no multiple of any vector.
     tensors = {"a": torch.randn(3_000_001), "b": torch.randint(-9, 9, (1_000_003,), dtype=torch.int16)}
-    assert weights_hash(place(tensors, backend), backend=backend) == weights_hash(tensors, backend="torch")
+    assert weights_hash(place(tensors, device), backend=backend) == weights_hash(tensors, backend="torch")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_notices_every_kind_of_difference(backend: str) -> None:
+@ALL
+def test_notices_every_kind_of_difference(on_backend: tuple[str, str]) -> None:
+    backend, device = on_backend
+
     def hashed(tensors: dict[str, Tensor]) -> int:
-        return weights_hash(place(tensors, backend), backend=backend)
+        return weights_hash(place(tensors, device), backend=backend)
 
     a, b = torch.randn(64, 32), torch.randn(64, 32)
     base = hashed({"a": a, "b": b})
@@ -98,6 +105,35 @@ def test_notices_every_kind_of_difference(backend: str) -> None:
     hashes = {kind: hashed(tensors) for kind, tensors in others.items()}
     assert base not in hashes.values()
     assert len(set(hashes.values())) == len(hashes)
+
+
+@ALL
+def test_many_tensors_of_all_sizes_and_offsets(on_backend: tuple[str, str]) -> None:
+    # Sizes around the words, vectors and chunks of the kernels, at addresses of every alignment; some are empty.
+    backend, device = on_backend
+    memory = torch.randint(0, 256, (400_000,), dtype=torch.uint8)
+    sizes = [0, 1, 7, 8, 9, 0, 15, 16, 17, 63, 64, 65, 4096, 65535, 65536, 65537, 131072, 0]
+    tensors = {f"{size} at {at} ({i})": memory[at : at + size] for i, size in enumerate(sizes) for at in (0, 1, 2, 4, 8, 16, 22)}
+    on_it = memory.to(device)
+    placed = {name: on_it[int(name.split()[2]) :][: len(t)] for name, t in tensors.items()}
+    # Contiguous as they are, so that the kernel reads them where they lie.
+    assert weights_hash(placed, backend=backend) == weights_hash(tensors, backend="torch")
+
+
+def test_cuda_takes_the_list_in_one_launch(cuda_on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[tuple[int, ...]] = []
+    launch = cuda_on_host.weights_hash_cuda
+    monkeypatch.setattr(cuda_on_host, "weights_hash_cuda", lambda *arguments: (launches.append(arguments), launch(*arguments)))
+    tensors = some_tensors()
+    assert weights_hash(tensors, backend="cuda") == hash_by_definition(tensors) and len(launches) == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp)])
+def test_the_registered_op(backend: str) -> None:
+    tensors = [torch.randn(5, 3), torch.arange(7)]
+    result = _op(tensors, [3, -5], backend)
+    assert result.shape == () and result.dtype == torch.int64
+    torch.library.opcheck(_op, (tensors, [3, -5], backend))
 
 
 @needs_cpp
@@ -150,5 +186,5 @@ def test_cuda_unaligned_views_and_mixed_devices() -> None:
     x = torch.randn(100_001, device="cuda").bfloat16()
     tensors = {"odd": x[1:], "even": x[8:], "host": torch.randn(77)}
     assert weights_hash(tensors) == weights_hash({k: v.cpu() for k, v in tensors.items()}, backend="torch")
-    with pytest.raises(ValueError, match="backend 'cpp' cannot read tensors on cuda"):
+    with pytest.raises(BackendUnavailable, match="weights_hash: backend 'cpp' was asked for, but the tensors are on a GPU"):
         weights_hash({"x": x}, backend="cpp")

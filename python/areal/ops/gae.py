@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import backend_for, compiled_module
+from areal.ops._pointer_table import on_device
 from areal.ops._registration import check_tensor, cuda_stream, define_op
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,16 +84,14 @@ def _cpp(
     return advantages, returns
 
 
-def _cuda(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _cuda(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, bootstrap: Tensor | None) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     module = compiled_module()
     assert module is not None
     n_tiles = -(-len(rewards) // module.gae_cuda_tile)
     workspace = rewards.new_empty(2 * n_tiles)
     addresses = _addresses(rewards, values, cu_seqlens, bootstrap, advantages, returns)
-    with torch.cuda.device(rewards.device if rewards.is_cuda else -1):
+    with on_device(rewards):
         module.gae_cuda(addresses, len(cu_seqlens) - 1, len(rewards), gamma, lam, workspace.data_ptr(), cuda_stream(rewards))
     return advantages, returns
 

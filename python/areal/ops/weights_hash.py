@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from areal.ops._dispatch import choose_backend, compiled_module, missing_cpp, missing_cuda
+from areal.ops._dispatch import backend_for, choose_backend, compiled_module, missing_cpp, missing_cuda
+from areal.ops._pointer_table import device_table, on_device
+from areal.ops._registration import cuda_stream, define_op
 
 Backend = Literal["cpp", "cuda", "torch"]
 
@@ -48,16 +50,20 @@ def tensor_key(name: str, shape: Iterable[int], dtype: torch.dtype) -> int:
 def weights_hash(tensors: Mapping[str, Tensor], *, backend: Backend | None = None) -> int:
     """The hash of named tensors (any shapes, dtypes and strides; on the CPU, on CUDA devices, or mixed), in [0, 2^64).
 
-    Without ``backend`` each tensor is hashed where it is, by ``cpp`` or ``cuda`` if built, else by ``torch``. ``TypeError`` for tensors
-    without plain storage (DTensor, meta, sparse), ``ValueError`` if a forced backend cannot reach a tensor's device.
+    Without ``backend`` the tensors of each device are hashed where they are, by ``cpp`` or ``cuda`` if built (one launch a device, and
+    one wait for its result), else by ``torch``. ``TypeError`` for tensors without plain storage (DTensor, meta, sparse),
+    ``BackendUnavailable`` if a forced backend cannot reach a tensor's device.
     """
     by_device: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():
         check_plain(name, tensor)
-        by_device[tensor.device].append((tensor_key(name, tensor.shape, tensor.dtype), tensor.detach().contiguous()))
+        key = _signed(tensor_key(name, tensor.shape, tensor.dtype))
+        by_device[tensor.device].append((key, tensor.detach().contiguous()))
     if not by_device:
         choose_backend("weights_hash", {"cpp": missing_cpp(), "cuda": missing_cuda(), "torch": None}, backend)
-    return sum(_hash_on(device, keyed, backend) for device, keyed in by_device.items()) & _MASK
+    # All devices are started before the first result is waited for.
+    sums = [_op([tensor for _, tensor in keyed], [key for key, _ in keyed], backend) for keyed in by_device.values()]
+    return sum(int(part.item()) for part in sums) & _MASK
 
 
 def copy_and_hash(copies: Iterable[HashedCopy], *, backend: Literal["cpp", "torch"] | None = None) -> int:
@@ -76,7 +82,7 @@ def copy_and_hash(copies: Iterable[HashedCopy], *, backend: Literal["cpp", "torc
         if which == "cpp":
             rows.append((target.data_ptr(), 0, target.nbytes, key))
         else:
-            hashed += _hash_torch(key, target)
+            hashed += int(_torch(_signed(key), target).item())
     return (hashed + (_run_cpp(rows) if rows else 0)) & _MASK
 
 
@@ -88,20 +94,23 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise TypeError(f"weights: '{name}' is a {tensor.device.type} tensor of layout {tensor.layout}; it needs strided storage")
 
 
-def _hash_on(device: torch.device, keyed: list[tuple[int, Tensor]], backend: Backend | None) -> int:
-    candidates: dict[str, str | None] = {"cpp": missing_cpp(), "cuda": missing_cuda(), "torch": None}
-    if backend is None and device.type != "cpu":
-        del candidates["cpp"]
-    if backend is None and device.type != "cuda":
-        del candidates["cuda"]
-    which = choose_backend("weights_hash", candidates, backend)
-    if (which == "cpp" and device.type != "cpu") or (which == "cuda" and device.type != "cuda"):
-        raise ValueError(f"weights_hash: backend '{which}' cannot read tensors on {device}")
-    if which == "cpp":
-        return _run_cpp([(tensor.data_ptr(), 0, tensor.nbytes, key) for key, tensor in keyed])
-    if which == "cuda":
-        return _hash_cuda(device, keyed)
-    return sum(_hash_torch(key, tensor) for key, tensor in keyed)
+def _run(tensors: list[Tensor], keys: list[int], backend: str | None) -> Tensor:
+    """int64 [] on the tensors' device: the hash of contiguous tensors of one device, with their keys, as a signed number."""
+    device = tensors[0].device
+    match backend_for("weights_hash", device, backend, has=("cpp", "cuda", "torch")):
+        case "cpp":
+            return torch.tensor(_signed(_run_cpp([(t.data_ptr(), 0, t.nbytes, key & _MASK) for key, t in zip(keys, tensors, strict=True)])))
+        case "cuda":
+            return _cuda(tensors, keys)
+        case _:
+            return torch.stack([_torch(key, tensor) for key, tensor in zip(keys, tensors, strict=True)]).sum()
+
+
+def _fake(tensors: list[Tensor], keys: list[int], backend: str | None) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.int64)
+
+
+_op = define_op("weights_hash(Tensor[] tensors, int[] keys, str? backend) -> Tensor", _run, _fake)
 
 
 def _run_cpp(rows: list[tuple[int, int, int, int]]) -> int:
@@ -110,15 +119,19 @@ def _run_cpp(rows: list[tuple[int, int, int, int]]) -> int:
     return module.copy_and_hash(rows, torch.get_num_threads())
 
 
-def _hash_cuda(device: torch.device, keyed: list[tuple[int, Tensor]]) -> int:
+def _cuda(tensors: list[Tensor], keys: list[int]) -> Tensor:
     module = compiled_module()
     assert module is not None
-    with torch.cuda.device(device):
-        total = torch.zeros(1, dtype=torch.int64, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        for key, tensor in keyed:
-            module.weights_hash_cuda(tensor.data_ptr(), tensor.nbytes, key, total.data_ptr(), stream)
-        return int(total.item()) & _MASK
+    chunk = module.weights_hash_cuda_chunk
+    table, n_chunks = [], 0
+    for key, tensor in zip(keys, tensors, strict=True):
+        table += [tensor.data_ptr(), tensor.nbytes, key, n_chunks]
+        n_chunks += max(1, -(-tensor.nbytes // chunk))
+    # The sum starts as the 0 behind the rows, and so needs no launch of its own.
+    rows = device_table([*table, 0], tensors[0].device)
+    with on_device(tensors[0]):
+        module.weights_hash_cuda(rows.data_ptr(), len(tensors), n_chunks, rows[-1].data_ptr(), cuda_stream(rows))
+    return rows[-1]
 
 
 def _signed(word: int) -> int:
@@ -132,12 +145,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _hash_torch(key: int, tensor: Tensor) -> int:
-    total = _mix(torch.tensor([_signed(key)], device=tensor.device)).sum()
+def _torch(key: int, tensor: Tensor) -> Tensor:
+    total = _mix(torch.tensor([key], device=tensor.device)).sum()
     data = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
     for begin in range(0, len(data), _REFERENCE_CHUNK):
         piece = data[begin : begin + _REFERENCE_CHUNK]
         words = F.pad(piece, (0, -len(piece) % 8)).clone().view(torch.int64)
-        states = (torch.arange(len(words), device=tensor.device) + begin // 8) * _signed(_GOLDEN) + _signed(key)
+        states = (torch.arange(len(words), device=tensor.device) + begin // 8) * _signed(_GOLDEN) + key
         total += _mix(words ^ states).sum()
-    return int(total.item()) & _MASK
+    return total

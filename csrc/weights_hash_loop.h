@@ -1,6 +1,4 @@
-// The inner loop of the weight hash. Each instruction set has a file that includes this inside a namespace of its own, is compiled
-// with that set's flags, and defines VECTOR_BYTES and STREAM_STORE (64, 32 or 8 bytes at a time; STREAM_STORE bypasses the caches).
-// Nothing else may be included there: an inline function compiled for AVX-512 could replace its portable twin at link time.
+// The inner loop of the weight hash. Compiled once per instruction set: included inside a namespace of its own, after streaming.h.
 
 typedef uint64_t Vector __attribute__((vector_size(VECTOR_BYTES)));
 constexpr uint64_t kLanes = VECTOR_BYTES / 8;
