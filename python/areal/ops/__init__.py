@@ -5,14 +5,19 @@ Needs torch and numpy, nothing else of the package.
 
 from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
+from areal.ops.flatten_weights import flatten_weights, unflatten_weights
 from areal.ops.gae import gae
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.weights_hash import weights_hash
+from areal.ops.weights_layout import WeightsLayout
 
 __all__ = [
     "BackendUnavailable",
+    "WeightsLayout",
     "decode_attention",
+    "flatten_weights",
     "gae",
     "plan_microbatches",
+    "unflatten_weights",
     "weights_hash",
 ]
