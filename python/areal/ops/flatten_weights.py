@@ -62,6 +62,8 @@ def unflatten_weights(
     """
     check_bucket("unflatten_weights", "bucket", bucket, layout, bucket.device)
     if tensors is None:
+        if not torch.compiler.is_compiling():
+            _check_start("unflatten_weights", "bucket", bucket)
         return {e.name: bucket[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape) for e in layout.entries}
     difference = {entry.name for entry in layout.entries} ^ set(tensors)
     if difference:
@@ -82,12 +84,17 @@ def check_bucket(op: str, name: str, bucket: Tensor, layout: WeightsLayout, devi
     check_tensor(op, name, bucket, (None,), (torch.uint8,), device)
     if len(bucket) < layout.nbytes:
         raise ValueError(f"{op}: {name} has {len(bucket)} bytes; the layout needs {layout.nbytes}")
+
+
+def _check_start(op: str, name: str, bucket: Tensor) -> None:
+    # Apart from check_bucket, since a trace cannot ask for it.
     if bucket.storage_offset() % ALIGNMENT:
         raise ValueError(f"{op}: {name} begins {bucket.storage_offset()} bytes into its storage; it must be a multiple of {ALIGNMENT}")
 
 
 def _flatten(tensors: list[Tensor], bucket: Tensor, offsets: list[int], dtypes: list[int], backend: str | None) -> None:
     """Writes all of ``bucket``; tensor i, as DTYPES[dtypes[i]], from offsets[i] on."""
+    _check_start("flatten_weights", "out", bucket)
     which = backend_for("flatten_weights", bucket.device, backend, has=("cpp", "cuda", "torch"))
     ends = [*offsets[1:], len(bucket)]
     if which == "torch":
@@ -113,6 +120,7 @@ def _flatten(tensors: list[Tensor], bucket: Tensor, offsets: list[int], dtypes: 
 
 def _unflatten(bucket: Tensor, tensors: list[Tensor], offsets: list[int], dtypes: list[int], backend: str | None) -> None:
     """Reads tensor i, which is DTYPES[dtypes[i]] there, from offsets[i] of ``bucket`` on."""
+    _check_start("unflatten_weights", "bucket", bucket)
     which = backend_for("unflatten_weights", bucket.device, backend, has=("cpp", "cuda", "torch"))
     rows, start = [], bucket.data_ptr()
     for tensor, offset, code in zip(tensors, offsets, dtypes, strict=True):

@@ -11,6 +11,7 @@ accidents, not against an adversary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -43,6 +44,11 @@ class HashedCopy(NamedTuple):
 
 def tensor_key(name: str, shape: Iterable[int], dtype: torch.dtype) -> int:
     """The 64-bit key of a tensor's name, dtype and shape."""
+    return _key(name, tuple(shape), dtype)
+
+
+@functools.lru_cache(maxsize=2**15)  # a model's tensors are hashed after every step
+def _key(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     text = f"{name}\0{str(dtype).removeprefix('torch.')}\0{','.join(map(str, shape))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128,
 )  # fmt: skip
 """What tensors of a bucket may be, in the order of the codes that the registered ops take."""
 
@@ -55,7 +55,12 @@ class WeightsLayout:
     def __post_init__(self) -> None:
         end, names = 0, set()
         for entry in self.entries:
-            if entry.offset < end or entry.offset % ALIGNMENT or entry.offset + entry.nbytes > self.nbytes or min(entry.shape, default=0) < 0:
+            if (
+                entry.offset < end
+                or entry.offset % ALIGNMENT
+                or entry.offset + entry.nbytes > self.nbytes
+                or min(entry.shape, default=0) < 0
+            ):
                 raise ValueError(f"weights layout: '{entry.name}' of {entry.nbytes} bytes cannot lie at offset {entry.offset}")
             if entry.dtype not in DTYPES:
                 raise ValueError(f"weights layout: '{entry.name}' is {entry.dtype}, which a bucket does not take")
@@ -99,9 +104,7 @@ class WeightsLayout:
         return ((entry.offset + entry.nbytes, end) for entry, end in zip(self.entries, ends, strict=True))
 
 
-def _lay_out(
-    described: tuple[tuple[str, torch.Size, torch.dtype], ...], dtype: torch.dtype | None
-) -> tuple[tuple[LayoutEntry, ...], int]:
+def _lay_out(described: tuple[tuple[str, torch.Size, torch.dtype], ...], dtype: torch.dtype | None) -> tuple[tuple[LayoutEntry, ...], int]:
     entries, offset = [], 0
     for name, shape, found in described:
         entry = LayoutEntry(name, tuple(shape), dtype if dtype is not None and found in _CAST else found, offset)
