@@ -131,8 +131,8 @@ class MicrobatchConfig(_Node):
 class NormConfig(_Node):
     """x -> (x - mean) / (std + eps), over a group or the batch."""
 
-    mean_level: Literal["group", "batch", "none"] = "group"
-    """What the mean is taken over; none subtracts nothing."""
+    mean_level: Literal["group", "batch", "leave_one_out", "none"] = "group"
+    """What the mean is taken over; leave_one_out: the others of the group (RLOO); none subtracts nothing."""
     std_level: Literal["group", "batch", "none"] = "group"
     """What the standard deviation is taken over; none divides by nothing."""
     eps: float = Field(1e-5, gt=0)
@@ -193,7 +193,7 @@ class ActorConfig(_Node):
             raise ValueError("give either actor.path (a model directory) or actor.init_from_scratch (a model config), not both or neither")
         if self.use_decoupled_loss and not self.recompute_logprob:
             raise ValueError("use_decoupled_loss needs recompute_logprob: true (or set use_decoupled_loss: false)")
-        if self.adv_norm is not None and "group" in (self.adv_norm.mean_level, self.adv_norm.std_level):
+        if self.adv_norm is not None and {"group", "leave_one_out"} & {self.adv_norm.mean_level, self.adv_norm.std_level}:
             raise ValueError("adv_norm works on the batch; set its mean_level and std_level to 'batch' or 'none'")
         return self
 

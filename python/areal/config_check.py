@@ -127,9 +127,9 @@ def _check_sampling(config: GRPOConfig) -> None:
     if gconfig.temperature == 0:
         raise ConfigError("gconfig.temperature=0 always gives the same answer, so there is nothing to learn from", "use 1.0")
     norm = config.actor.reward_norm
-    if gconfig.n_samples == 1 and norm is not None and norm.mean_level == "group":
+    if gconfig.n_samples == 1 and norm is not None and norm.mean_level in ("group", "leave_one_out"):
         raise ConfigError(
-            "gconfig.n_samples=1 with actor.reward_norm.mean_level='group' makes every advantage 0",
+            f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
             "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
         )
 

@@ -1,4 +1,4 @@
-"""From rewards to per-token advantages: numpy, pure functions.
+"""From rewards to per-token advantages: pure functions.
 
 gamma = lambda = 1 and no critic, so every loss token of a sample carries the sample's advantage.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from areal.config import ActorConfig, NormConfig
+from areal.ops.normalize_advantages import normalize_advantages
 from areal.types import Group
 
 
@@ -23,7 +25,7 @@ def compute_advantages(groups: Sequence[Group], config: ActorConfig) -> list[lis
     """
     rewards = [_scaled_rewards(group, config) for group in groups]
     if config.reward_norm is not None:
-        rewards = _normalise(rewards, [np.ones_like(r) for r in rewards], config.reward_norm)
+        rewards = _normalise(rewards, None, config.reward_norm)
     if config.adv_norm is not None:
         n_loss_tokens = [np.array([t.loss_mask.sum() for t in group.trajectories], np.float64) for group in groups]
         rewards = _normalise(rewards, n_loss_tokens, config.adv_norm)
@@ -42,26 +44,16 @@ def _scaled_rewards(group: Group, config: ActorConfig) -> NDArray[np.float64]:
     return (rewards + config.reward_bias) * config.reward_scaling
 
 
-def _normalise(groups: list[NDArray[np.float64]], weights: list[NDArray[np.float64]], norm: NormConfig) -> list[NDArray[np.float64]]:
-    """(x - mean) / (std + eps); ``weights`` say how often each value counts. The deviation is that of the population."""
-    batch = np.concatenate(groups) if groups else np.zeros(0)
-    batch_mean, batch_std = _moments(batch, np.concatenate(weights) if groups else batch)
-    result = []
-    for values, weight in zip(groups, weights, strict=True):
-        mean, std = _moments(values, weight) if "group" in (norm.mean_level, norm.std_level) else (0.0, 0.0)
-        used = {"group": (mean, std), "batch": (batch_mean, batch_std), "none": (0.0, None)}
-        deviation = used[norm.std_level][1]
-        if used[norm.mean_level][1] == 0.0 or deviation == 0.0:
-            result.append(np.zeros_like(values))
-            continue
-        result.append((values - used[norm.mean_level][0]) / (1.0 if deviation is None else deviation + norm.eps))
-    return result
-
-
-def _moments(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
-    """Weighted mean and deviation; a set of equal values has the deviation 0 exactly, whatever the rounding of its mean."""
-    counted = values[weights > 0]
-    if not counted.size or counted.min() == counted.max():
-        return (float(counted[0]) if counted.size else 0.0), 0.0
-    mean = float(np.average(values, weights=weights))
-    return mean, float(np.sqrt(np.average((values - mean) ** 2, weights=weights)))
+def _normalise(groups: list[NDArray[np.float64]], weights: list[NDArray[np.float64]] | None, norm: NormConfig) -> list[NDArray[np.float64]]:
+    """Each value minus the mean, over the deviation; ``weights`` say how often each counts, None once."""
+    if not groups:
+        return []
+    normalised = normalize_advantages(
+        torch.from_numpy(np.concatenate(groups)),
+        [len(group) for group in groups],
+        weights=None if weights is None else torch.from_numpy(np.concatenate(weights)),
+        mean=norm.mean_level,
+        std=norm.std_level,
+        eps=norm.eps,
+    )
+    return np.split(normalised.numpy(), np.cumsum([len(group) for group in groups])[:-1])
