@@ -22,7 +22,8 @@ void call_copy_list(const std::vector<std::array<uint64_t, 6>>& table, unsigned 
   std::vector<areal::ListCopy> rows;
   rows.reserve(table.size());
   for (const auto& [source, target, count, zeros, conversion, unused] : table) {
-    if (conversion > static_cast<uint64_t>(areal::Conversion::bfloat16_to_float)) throw std::invalid_argument("copy_list: no such conversion");
+    if (conversion > static_cast<uint64_t>(areal::Conversion::bfloat16_to_float))
+      throw std::invalid_argument("copy_list: no such conversion");
     rows.push_back({reinterpret_cast<const uint8_t*>(source), reinterpret_cast<uint8_t*>(target), count, zeros,
                     static_cast<areal::Conversion>(conversion), unused});
   }

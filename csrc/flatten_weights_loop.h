@@ -17,8 +17,7 @@ inline __attribute__((always_inline)) void put(uint8_t* target, const Vector& va
 // The upper halves of the words of a and then of b.
 inline __attribute__((always_inline)) Halves upper_halves(const Words& a, const Words& b) {
 #if VECTOR_BYTES == 64
-#define AREAL_ODD \
-  1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63
+#define AREAL_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63
 #elif VECTOR_BYTES == 32
 #define AREAL_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif VECTOR_BYTES == 16

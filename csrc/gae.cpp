@@ -21,8 +21,8 @@ AREAL_VARIANTS(GaeSequence, gae_sequence)
 
 namespace {
 
-constexpr int kMaxPower = 9;              // of gamma * lam, that gae_sequence wants
-constexpr int64_t kChunk = 1 << 15;       // tokens, at least, that a thread takes at a time: whole sequences
+constexpr int kMaxPower = 9;             // of gamma * lam, that gae_sequence wants
+constexpr int64_t kChunk = 1 << 15;      // tokens, at least, that a thread takes at a time: whole sequences
 constexpr int64_t kPerThread = 1 << 17;  // fewer tokens than this are not worth starting a thread for
 
 void check(const Gae& call) {

@@ -1,5 +1,4 @@
 #include "flatten_weights.cuh"
-
 #include "tensor_list.cuh"
 
 namespace areal {

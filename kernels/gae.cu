@@ -23,7 +23,9 @@ __device__ __forceinline__ Affine identity() { return {1.0f, 0.0f}; }
 __device__ __forceinline__ float apply(const Affine& map, float x) { return map.a == 0.0f ? map.b : map.b + map.a * x; }
 
 // The map of a range of tokens from those of its earlier and its later part.
-__device__ __forceinline__ Affine join(const Affine& earlier, const Affine& later) { return {earlier.a * later.a, apply(earlier, later.b)}; }
+__device__ __forceinline__ Affine join(const Affine& earlier, const Affine& later) {
+  return {earlier.a * later.a, apply(earlier, later.b)};
+}
 
 struct Scratch {
   Affine warps[kWarps];

@@ -1,7 +1,6 @@
-#include "weights_hash.cuh"
-
 #include "../csrc/hash_mix.h"
 #include "tensor_list.cuh"
+#include "weights_hash.cuh"
 
 namespace areal {
 namespace {
