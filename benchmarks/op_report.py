@@ -118,24 +118,26 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
     by_size = len({row["size"] for row in rows}) == len(labels) > 1
     place = {row["case"]: row["size"] if by_size else labels.index(row["case"]) for row in rows}
     rivals = iter(RIVAL_COLORS * len(rows))
+    styles = {backend: iter(("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))) * len(rows)) for backend in COLORS}  # by what follows the backend
     for variant in dict.fromkeys(row["variant"] for row in rows):
         points = sorted((place[row["case"]], row["median"], row["spread"]) for row in rows if row["variant"] == variant)
         x, y, spread = zip(*points, strict=True)
         backend, _, more = variant.partition(" ")
         color = COLORS.get(backend) or next(rivals)
-        style = {"color": color, "label": variant, "marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.55 if more else 1.0}
-        ax.errorbar(x, y, yerr=[s / 2 for s in spread], linestyle="-" if by_size else "none", **style)
+        line = next(styles[backend]) if backend in styles else "-"
+        style = {"color": color, "label": variant, "marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.6 if more else 1.0}
+        ax.errorbar(x, y, yerr=[s / 2 for s in spread], linestyle=line if by_size else "none", **style)
     limits = sorted({(place[row["case"]], row["limit"]) for row in rows if row["limit"] is not None})
     if limits:
         x, y = zip(*limits, strict=True)
         kind = next(row["limit_kind"] for row in rows if row["limit"] is not None)
         name = {"copy": "copy bandwidth", "products": "matrix products", "rival": "the rival / the factor", "seconds": "the target"}[kind]
-        ax.plot(x, y, linestyle="--" if by_size else "none", marker="_", markersize=14, color="black", label=f"limit: {name}")
+        ax.plot(x, y, linestyle="--" if by_size else "none", marker="_", markersize=10, color="black", label=f"limit: {name}", zorder=1)
     ax.set_yscale("log")
     ax.set_ylabel("seconds")
     if by_size:
         ax.set_xscale("log", base=2)
-        ax.set_xticks([row["size"] for row in rows], [row["case"] for row in rows], rotation=30, ha="right", fontsize=7)
+        ax.set_xticks([place[label] for label in labels], labels, rotation=30, ha="right", fontsize=7)
         ax.minorticks_off()
     else:
         ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=7)

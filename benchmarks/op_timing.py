@@ -75,7 +75,7 @@ def time_interleaved(calls: Mapping[str, Callable[[], object]], device: str, eff
         repeats[name] = max(1, math.ceil(SHORTEST_TIMING / estimate)) if device == "cpu" else 1
         least = effort.rounds if estimate < 2.0 else min(3, effort.rounds)
         wanted[name] = min(MOST_ROUNDS, max(least, int(effort.seconds / (estimate * repeats[name]))))
-    rounds = max(wanted.values())
+    rounds = max(wanted.values(), default=0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
