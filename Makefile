@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c '
 
 # The package is installed in place: Python files are live, so only what is compiled or declared needs a new installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh)
+CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh tests/cuda_on_host/*.h)
 
 .PHONY: demo test lint format build bench clean venv
 

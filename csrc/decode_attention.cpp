@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <thread>
 #include <vector>
+
+#include "instruction_sets.h"
+#include "parallel.h"
 
 namespace areal {
 
@@ -14,30 +15,11 @@ namespace baseline {
 #include "decode_attention_loop.h"
 }  // namespace baseline
 
-#ifdef AREAL_X86
-namespace avx2 {
-DecodeRows decode_rows;
-}
-namespace avx512 {
-DecodeRows decode_rows;
-}
-#endif
+AREAL_VARIANTS(DecodeRows, decode_rows)
 
 namespace {
 
 constexpr int64_t kPerThread = int64_t{1} << 21;  // products: fewer are not worth starting a thread for
-
-DecodeRows* find(const std::string& name) {
-#ifdef AREAL_X86
-  __builtin_cpu_init();
-  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && (name.empty() || name == "avx512")) return avx512::decode_rows;
-  if (fma && (name.empty() || name == "avx2")) return avx2::decode_rows;
-#endif
-  if (name.empty() || name == "baseline") return baseline::decode_rows;
-  throw std::invalid_argument("this CPU has no instruction set '" + name + "'");
-}
 
 void store(const DecodeAttention& call) {
   const int64_t d = call.d;
@@ -54,8 +36,7 @@ void store(const DecodeAttention& call) {
 }  // namespace
 
 void decode_attention(const DecodeAttention& call, unsigned threads, const std::string& instruction_set) {
-  static DecodeRows* const best = find("");
-  DecodeRows* const decode_rows = instruction_set.empty() ? best : find(instruction_set);
+  DecodeRows* const decode_rows = select_decode_rows(instruction_set);
   int64_t longest = 0, total = 0;
   for (int64_t row = 0; row < call.rows; ++row) {
     longest = std::max(longest, call.positions[row] + 1);
@@ -66,11 +47,8 @@ void decode_attention(const DecodeAttention& call, unsigned threads, const std::
   const int64_t n_threads = std::max<int64_t>(1, std::min<int64_t>({int64_t{threads}, call.rows, useful}));
   const int64_t per_thread = (longest + 7) / 8 * 8;
   std::vector<float> scores(n_threads * per_thread);
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < n_threads; ++t)
-    others.emplace_back(decode_rows, std::cref(call), call.rows * t / n_threads, call.rows * (t + 1) / n_threads, &scores[t * per_thread]);
-  decode_rows(call, 0, call.rows / n_threads, scores.data());
-  for (std::thread& other : others) other.join();
+  parallel_for(n_threads, n_threads,
+               [&](int64_t t) { decode_rows(call, call.rows * t / n_threads, call.rows * (t + 1) / n_threads, &scores[t * per_thread]); });
 }
 
 }  // namespace areal

@@ -1,52 +1,6 @@
 // The rows of decode_attention, compiled once per instruction set: included inside a namespace of its own.
-// Vectors of 8 floats everywhere; the compiler maps them to what the instruction set has.
 
-#define AREAL_INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define AREAL_SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#else
-#define AREAL_SHUFFLE(x, ...) __builtin_shuffle(x, Int8{__VA_ARGS__})
-#pragma GCC diagnostic ignored "-Wpsabi"  // everything that passes vectors is inlined
-#endif
-
-typedef float Float8 __attribute__((vector_size(32)));
-typedef int32_t Int8 __attribute__((vector_size(32)));
-constexpr int64_t kWidth = 8;
-
-AREAL_INLINE Float8 load8(const float* p) {
-  Float8 x;
-  __builtin_memcpy(&x, p, sizeof(x));
-  return x;
-}
-
-AREAL_INLINE void store8(float* p, const Float8& x) { __builtin_memcpy(p, &x, sizeof(x)); }
-
-AREAL_INLINE float sum8(const Float8& value) {
-  Float8 x = value;
-  x += AREAL_SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += AREAL_SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
-}
-
-// exp(x) for x <= 0, to 2 units in the last place; 0 below -87. exp(x) = 2^n * exp(r), |r| <= ln(2) / 2, exp(r) by its Taylor series.
-AREAL_INLINE Float8 exp8(const Float8& value) {
-  const Int8 tiny = value < -87.0f;
-  const Float8 x = tiny ? Float8{} - 87.0f : value;
-  const Int8 n = __builtin_convertvector(x * 1.44269504f - 0.5f, Int8);
-  const Float8 whole = __builtin_convertvector(n, Float8);
-  const Float8 r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;
-  Float8 y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  const Int8 bits = (n + 127) << 23;
-  Float8 power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  return tiny ? Float8{} : y * power;
-}
+#include "vector8.h"
 
 AREAL_INLINE float dot(const float* a, const float* b, int64_t d) {
   Float8 sum{};
@@ -116,6 +70,3 @@ void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, float*
     }
   }
 }
-
-#undef AREAL_INLINE
-#undef AREAL_SHUFFLE

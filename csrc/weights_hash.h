@@ -16,10 +16,7 @@ struct Segment {
 };
 
 // Sum of mix_word over all words of all segments, plus mix64(key) per segment. Independent of `threads` (>= 1) and of the instruction
-// set: one of hash_instruction_sets(), or empty for the first of them; std::invalid_argument for any other.
+// set: see find_instruction_set.
 uint64_t copy_and_hash(const std::vector<Segment>& segments, unsigned threads, const std::string& instruction_set);
-
-// What this CPU can run, best first, out of "avx512", "avx2", "baseline".
-std::vector<std::string> hash_instruction_sets();
 
 }  // namespace areal

@@ -1,8 +1,7 @@
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "../csrc/hash_mix.h"
+#include "launch.cuh"
 #include "weights_hash.cuh"
 
 namespace areal {
@@ -72,21 +71,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 const char* weights_hash_cuda(const void* data, uint64_t bytes, uint64_t key, uint64_t* sum, uintptr_t stream) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return cudaGetErrorString(status);
-
   const uint64_t wanted = (bytes / kWord + 2 * kThreads - 1) / (2 * kThreads);
-  const auto blocks = static_cast<unsigned>(std::clamp<uint64_t>(wanted, 1, static_cast<uint64_t>(multiprocessors) * kBlocksPerSm));
-  const auto queue = reinterpret_cast<cudaStream_t>(stream);
+  const auto blocks = static_cast<unsigned>(std::clamp<uint64_t>(wanted, 1, static_cast<uint64_t>(multiprocessors()) * kBlocksPerSm));
   const auto* start = static_cast<const uint8_t*>(data);
   if (reinterpret_cast<uintptr_t>(data) % 16 == 0)
-    weights_hash_kernel<true><<<blocks, kThreads, 0, queue>>>(start, bytes, key, sum);
+    AREAL_LAUNCH(weights_hash_kernel<true>, blocks, kThreads, 0, stream, start, bytes, key, sum);
   else
-    weights_hash_kernel<false><<<blocks, kThreads, 0, queue>>>(start, bytes, key, sum);
-  status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+    AREAL_LAUNCH(weights_hash_kernel<false>, blocks, kThreads, 0, stream, start, bytes, key, sum);
+  return launch_error();
 }
 
 }  // namespace areal

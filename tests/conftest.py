@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,3 +31,64 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host_module() -> ModuleType:
+    """``areal._C`` with the CUDA kernels compiled as C++ (tests/cuda_on_host), built once and kept up to date in build/."""
+    if importlib.util.find_spec("pybind11") is None or shutil.which("cmake", path=_search_path()) is None:
+        pytest.skip("needs pybind11 and cmake")
+    folder = ROOT / "build" / f"cuda_on_host-{sys.version_info.major}.{sys.version_info.minor}"
+    environment = {**os.environ, "PATH": _search_path()}
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=_search_path()) else []
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder),
+        *generator,
+        "-DAREAL_CUDA=OFF",
+        "-DAREAL_CUDA_ON_HOST=ON",
+        "-DAREAL_WERROR=ON",
+    ]
+    import pybind11
+
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", "-DSKBUILD_PROJECT_VERSION=0"]
+    for argv in configure, ["cmake", "--build", str(folder)]:
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, f"{argv}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    (library,) = folder.glob("_C*.so")
+    spec = importlib.util.spec_from_file_location("cuda_on_host._C", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _search_path() -> str:
+    """PATH with the tools of this environment before it, also when it is not activated."""
+    tools = [Path(sys.executable).parent, *(Path(p).parents[2] / "bin" for p in sys.path if p.endswith("site-packages"))]
+    return os.pathsep.join([*map(str, tools), os.environ["PATH"]])
+
+
+@pytest.fixture
+def cuda_on_host(cuda_on_host_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The backend ``cuda`` of every op takes CPU tensors during the test, and its kernels run on the CPU."""
+    from areal.ops import _dispatch
+
+    monkeypatch.setitem(sys.modules, "areal._C", cuda_on_host_module)
+    _dispatch.forget_choices()
+    yield cuda_on_host_module
+    monkeypatch.undo()
+    _dispatch.forget_choices()
+
+
+@pytest.fixture
+def on_backend(request: pytest.FixtureRequest, backend: str, device: str) -> tuple[str, str]:
+    """The parameters of ``op_backends.backends``, once what they need is there."""
+    if backend == "cuda" and device == "cpu":
+        request.getfixturevalue("cuda_on_host")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    return backend, device

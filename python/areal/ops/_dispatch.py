@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the only place that imports the compiled module ``areal._C``.
+"""Which implementation of an op runs: the only place that imports the compiled module ``areal._C`` and the Triton kernels.
 
 Every op has the backend ``torch``, its reference. ``AREAL_OPS`` forces another for all ops (``AREAL_OPS=torch``) or for some
 (``AREAL_OPS=weights_hash=torch,plan_microbatches=cpp``); an op's ``backend`` argument goes before it. What is forced is used, or is
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 class BackendUnavailable(RuntimeError):
@@ -48,9 +51,30 @@ def missing_cuda() -> str | None:
         return missing_cpp()
     if module.build_info()["cuda"] is None:
         return "areal._C was built without CUDA; install again where nvcc is"
-    import torch
+    return None if torch.cuda.is_available() or _emulates_cuda() else "torch finds no CUDA device"
 
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+def _emulates_cuda() -> bool:
+    """Whether the compiled module is the one of the tests, whose CUDA kernels run on the CPU."""
+    module = compiled_module()
+    return module is not None and module.build_info()["cuda"] == "on the host"
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing_triton() -> str | None:
+    """Why the backend ``triton`` cannot run, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch for CUDA"
+    return None if torch.cuda.is_available() or interprets_triton() else "torch finds no CUDA device"
+
+
+def triton_kernels(op: str) -> ModuleType:
+    """The module ``areal.kernels.<op>_triton``."""
+    return importlib.import_module(f"areal.kernels.{op}_triton")
 
 
 def _forced_by_environment(op: str) -> str | None:
@@ -82,3 +106,43 @@ def choose_backend(op: str, candidates: Mapping[str, str | None], backend: str |
     if missing is not None:
         raise BackendUnavailable(f"{op}: backend '{forced}' was asked for, but {missing}")
     return forced
+
+
+@functools.lru_cache(maxsize=256)
+def _backend_for(op: str, device_type: str, has: tuple[str, ...], unfit: tuple[tuple[str, str], ...], forced: str | None) -> str:
+    on_cuda = device_type == "cuda"
+    reasons: dict[str, str | None] = {}
+    for name in ("cuda", "triton", "torch") if on_cuda else ("cpp", "torch", "triton", "cuda"):
+        if name not in has:
+            continue
+        match name:
+            case "cpp":
+                reasons[name] = missing_cpp()
+            case "triton":
+                reasons[name] = missing_triton() or (None if on_cuda or interprets_triton() else "the tensors are on the CPU")
+            case "cuda":
+                reasons[name] = missing_cuda() or (None if on_cuda or _emulates_cuda() else "the tensors are on the CPU")
+            case _:
+                reasons[name] = None
+    if "cpp" in has and on_cuda:
+        reasons["cpp"] = "the tensors are on a GPU"
+    for name, why in unfit:
+        reasons[name] = reasons[name] or why
+    return choose_backend(op, reasons, forced)
+
+
+def backend_for(
+    op: str, device: torch.device, backend: str | None, *, has: tuple[str, ...], unfit: tuple[tuple[str, str], ...] = ()
+) -> str:
+    """The backend for tensors on ``device``: the first of cuda, triton, torch on a GPU, of cpp, torch elsewhere.
+
+    ``has`` names the backends that the op has at all, ``unfit`` those that cannot take these tensors, with the reason. A forced one
+    (``backend``, or ``AREAL_OPS``) that cannot run is ``BackendUnavailable``, an unknown one a ``ValueError``.
+    """
+    return _backend_for(op, device.type, has, unfit, backend or _forced_by_environment(op))
+
+
+def forget_choices() -> None:
+    """Looks at the machine again; for tests that exchange the compiled module."""
+    compiled_module.cache_clear()
+    _backend_for.cache_clear()
