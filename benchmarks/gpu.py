@@ -99,9 +99,9 @@ def run_tests(facts: dict[str, Any], seconds: float) -> bool:
     return status == 0
 
 
-def run_benchmarks(ops: list[str], deadline: float, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+def run_benchmarks(ops: list[str], deadline: float, quick: bool, device: str = "cuda") -> tuple[list[dict[str, Any]], list[str]]:
     """Each op gets an equal share of the time that is left. The rows, and the ops that failed."""
-    ops = [op for op in ops if "cuda" in getattr(importlib.import_module(f"benchmarks.bench_{op}"), "DEVICES", ("cpu", "cuda"))]
+    ops = [op for op in ops if device in devices_of(op)]
     rows: list[dict[str, Any]] = []
     failed = []
     with tempfile.TemporaryDirectory() as folder:
@@ -112,20 +112,9 @@ def run_benchmarks(ops: list[str], deadline: float, quick: bool) -> tuple[list[d
                 rows.append(not_run(op, "the time was spent before it began"))
                 continue
             result = Path(folder) / f"{op}.json"
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks",
-                "--op",
-                op,
-                "--device",
-                "cuda",
-                "--json",
-                str(result),
-                "--budget",
-                f"{share:.1f}",
-            ]
-            status, _ = timed(command + (["--quick"] if quick else []), min(share + GRACE, max(left, share)))
+            command = [sys.executable, "-m", "benchmarks", "--op", op, "--device", device]
+            command += ["--json", str(result), "--budget", f"{share:.1f}", *(["--quick"] if quick else [])]
+            status, _ = timed(command, min(share + GRACE, max(left, share)))
             found = json.loads(result.read_text()) if result.exists() else {"rows": []}
             rows += found["rows"]
             if status is None:
@@ -136,15 +125,26 @@ def run_benchmarks(ops: list[str], deadline: float, quick: bool) -> tuple[list[d
     return rows, failed
 
 
+def devices_of(op: str) -> tuple[str, ...]:
+    """Where an op's benchmark has cases: its DEVICES. One that cannot even be imported fails in its own process, with its message."""
+    try:
+        return getattr(importlib.import_module(f"benchmarks.bench_{op}"), "DEVICES", ("cpu", "cuda"))
+    except ImportError:
+        return ("cpu", "cuda")
+
+
 def not_run(op: str, reason: str) -> dict[str, Any]:
-    return {"op": op, "case": "the rest", "phase": "", "variant": "all", "not_run": reason}
+    return {"op": op, "case": "the rest", "phase": "", "variant": "all", "not_run": " ".join(reason.split())}
 
 
 def timed(command: list[str], seconds: float, log: Path | None = None) -> tuple[int | None, float]:
     """The exit status, None if it was stopped (with all its children) after ``seconds``; and how long it took."""
     start = time.monotonic()
     with contextlib.nullcontext() if log is None else open(log, "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a stopped command said must not be lost
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True
+        )
         try:
             status: int | None = process.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from areal.ops._dispatch import BackendUnavailable
+from areal.ops._dispatch import BackendUnavailable, UnknownBackend
 from benchmarks.op_timing import FULL, Effort, copy_call, peak_memory, products_call, summary, time_interleaved
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
@@ -179,7 +179,7 @@ def _attempt(name: str, case: Case, missing: dict[str, str], device: str) -> obj
         if device == "cuda":
             torch.cuda.synchronize()
         return result
-    except (BackendUnavailable, ImportError) as error:
+    except (BackendUnavailable, UnknownBackend, ImportError) as error:
         missing[name] = str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         missing[name] = f"out of memory: {str(error).partition('.')[0]}"

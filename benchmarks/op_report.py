@@ -118,7 +118,9 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
     by_size = len({row["size"] for row in rows}) == len(labels) > 1
     place = {row["case"]: row["size"] if by_size else labels.index(row["case"]) for row in rows}
     rivals = iter(RIVAL_COLORS * len(rows))
-    styles = {backend: iter(("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))) * len(rows)) for backend in COLORS}  # by what follows the backend
+    styles = {
+        backend: iter(("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))) * len(rows)) for backend in COLORS
+    }  # by what follows the backend
     for variant in dict.fromkeys(row["variant"] for row in rows):
         points = sorted((place[row["case"]], row["median"], row["spread"]) for row in rows if row["variant"] == variant)
         x, y, spread = zip(*points, strict=True)
