@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -28,7 +29,7 @@ def model(mebibytes: int, device: str) -> dict[str, torch.Tensor]:
 
 def hash_case(mebibytes: int, device: str, backends: Sequence[str]) -> Case:
     tensors = model(mebibytes, device)
-    variants: dict[str, Callable[[], object]] = {b: lambda b=b: weights_hash(tensors, backend=b) for b in wanted(device, backends)}
+    variants: dict[str, Callable[[], object]] = {b: partial(weights_hash, tensors, backend=b) for b in wanted(device, backends)}
     rows = [(t.data_ptr(), 0, t.nbytes, tensor_key(name, t.shape, t.dtype)) for name, t in tensors.items()]
     variants |= each_instruction_set(rows) if device == "cpu" and "cpp" in backends else {}
     size = mebibytes * 2**20
@@ -37,7 +38,7 @@ def hash_case(mebibytes: int, device: str, backends: Sequence[str]) -> Case:
 
 def copy_case(mebibytes: int, backends: Sequence[str]) -> Case:
     copies = [HashedCopy(tensor_key(name, t.shape, t.dtype), t, torch.zeros_like(t)) for name, t in model(mebibytes, "cpu").items()]
-    variants: dict[str, Callable[[], object]] = {b: lambda b=b: copy_and_hash(copies, backend=b) for b in wanted("cpu", backends)}
+    variants: dict[str, Callable[[], object]] = {b: partial(copy_and_hash, copies, backend=b) for b in wanted("cpu", backends)}
     rows = [(c.source.data_ptr(), c.target.data_ptr(), c.source.nbytes, c.key) for c in copies]
     # The addresses in `rows` are good as long as `copies` is, which the torch variant holds.
     variants |= each_instruction_set(rows) if "cpp" in backends else {}
@@ -54,4 +55,4 @@ def each_instruction_set(rows: list[tuple[int, int, int, int]]) -> dict[str, Cal
     if module is None or info is None:
         return {}
     threads = torch.get_num_threads()
-    return {f"cpp {name}": lambda name=name: module.copy_and_hash(rows, threads, name) for name in info["instruction_sets"]}
+    return {f"cpp {name}": partial(module.copy_and_hash, rows, threads, name) for name in info["instruction_sets"]}

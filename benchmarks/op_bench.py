@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from areal.ops._dispatch import BackendUnavailable, UnknownBackend
-from benchmarks.op_timing import FULL, Effort, copy_call, peak_memory, products_call, summary, time_interleaved
+from benchmarks.measure import summary
+from benchmarks.op_timing import FULL, Effort, copy_call, peak_memory, products_call, time_interleaved
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 COMPILED_BACKENDS = BACKENDS[1:]  # what targets are for; `torch` is the plain reference
@@ -74,6 +75,8 @@ class Case:
     """Wanted share of the limit (0.85), for a ``Rival`` the wanted factor over it (default: its factor)."""
     phase: str = "forward"
     """Or "backward", "forward+backward"."""
+    most_memory: int | None = None
+    """Bytes that a call may hold at its peak, its result included."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _run_case(op: str, case: Case, settings: Settings) -> list[Row]:
         rows.append(
             {"op": op, "case": case.label, "size": case.size, "phase": case.phase, "variant": name, "is_reference": name == case.reference}
             | times[name]
-            | {"peak_memory": peak_memory(call, settings.device)}
+            | {"peak_memory": peak_memory(call, settings.device), "most_memory": case.most_memory}
             | {"times_reference": times[case.reference]["median"] / median if case.reference in times else None}
             | {"limit": limit_seconds, "limit_kind": _kind(case.limit), **limit_facts, "achieved": achieved, "target": target}
             | {"met": achieved >= target if judged and achieved is not None and target is not None else None}

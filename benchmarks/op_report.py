@@ -33,6 +33,13 @@ def _share(row: Row, key: str) -> str:
     return f"{value:.2f}x" if row["limit_kind"] == "rival" else f"{100 * value:.0f}%"
 
 
+def _memory(row: Row) -> str:
+    peak, most = row["peak_memory"], row["most_memory"]
+    if peak is None:
+        return "-"
+    return f"{peak / 2**20:.1f}" + ("" if most is None else f" {'<=' if peak <= most else '>'} {most / 2**20:.0f}")
+
+
 def _rate(row: Row) -> str:
     """Bytes or floating-point operations of the limit over the time."""
     if "limit_bytes" in row:
@@ -43,11 +50,11 @@ def _rate(row: Row) -> str:
 def _cells(row: Row) -> list[str]:
     if "not_run" in row:
         return [row["case"], row["phase"], row["variant"], f"not run: {row['not_run']}"]
-    peak, times = row["peak_memory"], row["times_reference"]
+    times = row["times_reference"]
     return [
         *(row[key] for key in ("case", "phase", "variant")),
         *(_time(row[key]) for key in ("median", "spread")),
-        "-" if peak is None else f"{peak / 2**20:.1f}",
+        _memory(row),
         _rate(row),
         "-" if times is None else f"{times:.2f}x",
         "-" if row["limit"] is None else _time(row["limit"]),

@@ -188,6 +188,16 @@ def test_peak_memory_of_a_call() -> None:
     assert (peak_memory(lambda: None, "cpu") or 0) < 2**20
 
 
+def test_memory_is_held_against_its_bound() -> None:
+    case = sum_case(2**20)
+    case.most_memory = 2**50
+    rows = rows_of(case)
+    if rows[0]["peak_memory"] is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert f"<= {2**30}" in table(rows)
+    assert "> 0" in table([row | {"most_memory": 0, "peak_memory": 2**20} for row in rows])
+
+
 def test_pictures_of_one_size_and_of_nothing(tmp_path: Path) -> None:
     write_plot(tmp_path / "one.png", rows_of(sum_case(limit=Seconds(1e-6)), sum_case(check=None)), "one size twice")
     assert (tmp_path / "one.png").stat().st_size > 10_000
