@@ -30,9 +30,10 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 9
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Best, median and spread (interquartile range) in seconds."""
+    """Best, median, quartiles and spread (interquartile range) in seconds."""
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return {"best": min(seconds), "median": statistics.median(seconds), "spread": quartiles[2] - quartiles[0]}
+    q1, _, q3 = quartiles
+    return {"best": min(seconds), "median": statistics.median(seconds), "q1": q1, "q3": q3, "spread": q3 - q1}
 
 
 def machine() -> dict[str, Any]:

@@ -101,11 +101,11 @@ def write_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(5.6 * columns, 4.4 * height + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(height, columns, squeeze=False).flat
+    axes = list(figure.subplots(height, columns, squeeze=False).flat)
     for ax, (name, of_panel) in zip(axes, panels, strict=False):
         _draw(ax, of_panel)
         ax.set_title(name)
-    for ax in list(axes)[len(panels) :]:
+    for ax in axes[len(panels) :]:
         ax.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -120,6 +120,8 @@ def _panels(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _draw(ax: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import NullLocator
+
     labels = list(dict.fromkeys(row["case"] for row in rows))
     # Cases that share a size (other shapes of it), or a single one, are told apart by their labels instead.
     by_size = len({row["size"] for row in rows}) == len(labels) > 1
@@ -128,28 +130,55 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
     styles = {
         backend: iter(("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))) * len(rows)) for backend in COLORS
     }  # by what follows the backend
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        points = sorted((place[row["case"]], row["median"], row["spread"]) for row in rows if row["variant"] == variant)
-        x, y, spread = zip(*points, strict=True)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for i, variant in enumerate(variants):
+        aside = 0.0 if by_size else 0.08 * (i - (len(variants) - 1) / 2)  # beside each other, not on one spot
+        of_variant = sorted((row for row in rows if row["variant"] == variant), key=lambda row: place[row["case"]])
+        x, y = [place[row["case"]] + aside for row in of_variant], [row["median"] for row in of_variant]
+        quartiles = [
+            [max(0.0, row["median"] - row["q1"]) for row in of_variant],
+            [max(0.0, row["q3"] - row["median"]) for row in of_variant],
+        ]
         backend, _, more = variant.partition(" ")
         color = COLORS.get(backend) or next(rivals)
         line = next(styles[backend]) if backend in styles else "-"
         style = {"color": color, "label": variant, "marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.6 if more else 1.0}
-        ax.errorbar(x, y, yerr=[s / 2 for s in spread], linestyle=line if by_size else "none", **style)
+        ax.errorbar(x, y, yerr=quartiles, linestyle=line if by_size else "none", **style)
     limits = sorted({(place[row["case"]], row["limit"]) for row in rows if row["limit"] is not None})
     if limits:
         x, y = zip(*limits, strict=True)
         kind = next(row["limit_kind"] for row in rows if row["limit"] is not None)
         name = {"copy": "copy bandwidth", "products": "matrix products", "rival": "the rival / the factor", "seconds": "the target"}[kind]
-        ax.plot(x, y, linestyle="--" if by_size else "none", marker="_", markersize=10, color="black", label=f"limit: {name}", zorder=1)
-    ax.set_yscale("log")
-    ax.set_ylabel("seconds")
+        ax.plot(
+            x,
+            y,
+            linestyle="--" if by_size else "none",
+            marker="_",
+            markersize=10 if by_size else 40,
+            color="black",
+            label=f"limit: {name}",
+            zorder=1,
+        )
+    _time_axis(ax)
     if by_size:
         ax.set_xscale("log", base=2)
         ax.set_xticks([place[label] for label in labels], labels, rotation=30, ha="right", fontsize=7)
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(NullLocator())
     else:
         ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=7)
         ax.set_xlim(-0.5, len(labels) - 0.5)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
+
+
+def _time_axis(ax: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high / low < 30:
+        ax.set_ylim(low / 1.5, high * 1.5)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _time(seconds)))
+    ax.set_ylabel("time")
