@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 
 COLUMNS = ("case", "phase", "variant", "median", "spread", "peak MiB", "rate", "x reference", "limit", "achieved", "target", "met")
 COLORS = {"torch": "tab:gray", "cpp": "tab:blue", "triton": "tab:orange", "cuda": "tab:green"}
+LINES = ("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))  # of the variants of one backend
 RIVAL_COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 
 
@@ -127,9 +128,7 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
     by_size = len({row["size"] for row in rows}) == len(labels) > 1
     place = {row["case"]: row["size"] if by_size else labels.index(row["case"]) for row in rows}
     rivals = iter(RIVAL_COLORS * len(rows))
-    styles = {
-        backend: iter(("-", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))) * len(rows)) for backend in COLORS
-    }  # by what follows the backend
+    styles = {backend: iter(LINES * len(rows)) for backend in COLORS}
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for i, variant in enumerate(variants):
         aside = 0.0 if by_size else 0.08 * (i - (len(variants) - 1) / 2)  # beside each other, not on one spot
@@ -144,21 +143,7 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
         line = next(styles[backend]) if backend in styles else "-"
         style = {"color": color, "label": variant, "marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.6 if more else 1.0}
         ax.errorbar(x, y, yerr=quartiles, linestyle=line if by_size else "none", **style)
-    limits = sorted({(place[row["case"]], row["limit"]) for row in rows if row["limit"] is not None})
-    if limits:
-        x, y = zip(*limits, strict=True)
-        kind = next(row["limit_kind"] for row in rows if row["limit"] is not None)
-        name = {"copy": "copy bandwidth", "products": "matrix products", "rival": "the rival / the factor", "seconds": "the target"}[kind]
-        ax.plot(
-            x,
-            y,
-            linestyle="--" if by_size else "none",
-            marker="_",
-            markersize=10 if by_size else 40,
-            color="black",
-            label=f"limit: {name}",
-            zorder=1,
-        )
+    _draw_limit(ax, rows, place, by_size)
     _time_axis(ax)
     if by_size:
         ax.set_xscale("log", base=2)
@@ -169,6 +154,19 @@ def _draw(ax: Axes, rows: Sequence[Row]) -> None:
         ax.set_xlim(-0.5, len(labels) - 0.5)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
+
+
+def _draw_limit(ax: Axes, rows: Sequence[Row], place: Mapping[str, float], by_size: bool) -> None:
+    limits = sorted({(place[row["case"]], row["limit"]) for row in rows if row["limit"] is not None})
+    if not limits:
+        return
+    kind = next(row["limit_kind"] for row in rows if row["limit"] is not None)
+    name = {"copy": "copy bandwidth", "products": "matrix products", "rival": "the rival / the factor", "seconds": "the target"}[kind]
+    style = {"linestyle": "--", "color": "black", "label": f"limit: {name}", "zorder": 1}
+    if by_size:
+        ax.plot([at for at, _ in limits], [seconds for _, seconds in limits], marker="_", **style)
+    else:
+        ax.hlines([seconds for _, seconds in limits], [at - 0.35 for at, _ in limits], [at + 0.35 for at, _ in limits], **style)
 
 
 def _time_axis(ax: Axes) -> None:
