@@ -162,7 +162,7 @@ def _draw_limit(ax: Axes, rows: Sequence[Row], place: Mapping[str, float], by_si
         return
     kind = next(row["limit_kind"] for row in rows if row["limit"] is not None)
     name = {"copy": "copy bandwidth", "products": "matrix products", "rival": "the rival / the factor", "seconds": "the target"}[kind]
-    style = {"linestyle": "--", "color": "black", "label": f"limit: {name}", "zorder": 1}
+    style: dict[str, Any] = {"linestyle": "--", "color": "black", "label": f"limit: {name}", "zorder": 1}
     if by_size:
         ax.plot([at for at, _ in limits], [seconds for _, seconds in limits], marker="_", **style)
     else:

@@ -225,3 +225,19 @@ def test_cuda_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--op", "weights_hash", "--device", "cuda"])
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_clock_limit_and_memory_on_a_gpu() -> None:
+    source = torch.zeros(2**28, dtype=torch.int8, device="cuda")
+    target = torch.zeros_like(source)
+    variants = {"torch": lambda: target.copy_(source), "cuda": lambda: target.copy_(source)}
+    case = Case("copy", 1, variants, None, "torch", Bytes(2 * source.nbytes), 0.5)
+    settings = Settings(device="cuda", backends=("torch", "cuda"), effort=QUICK)
+    cuda = rows_of(case, settings=settings)[1]
+    assert 0.5 < cuda["achieved"] < 1.5 and cuda["met"] and cuda["peak_memory"] == 0
+    assert peak_memory(lambda: source + 1, "cuda") == source.nbytes
+    # Events measure the device, not Python: a tiny kernel takes microseconds, although its launch takes longer.
+    x = torch.zeros(64, device="cuda")
+    (seconds,) = time_interleaved({"tiny": lambda: x.add_(1)}, "cuda", QUICK).values()
+    assert min(seconds) < 50e-6
