@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from areal.ops import BackendUnavailable, WeightsLayout, flatten_weights, unflatten_weights
+from areal.ops import BackendUnavailable, WeightsLayout, flatten_weights, unflatten_weights, weights_hash
 from areal.ops._dispatch import build_info, compiled_module, missing_cpp
 from areal.ops.flatten_weights import _flatten_op, _unflatten_op
 from areal.ops.weights_layout import LayoutEntry
@@ -24,7 +24,7 @@ SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), 3.4e38, -3
 
 
 def some_weights(device: str = "cpu") -> dict[str, Tensor]:
-    memory = torch.randn(100_003)
+    memory = torch.randn(100_003, device=device)
     tensors = {
         "matrix": torch.randn(37, 19),
         "empty": torch.empty(0, 4),
@@ -36,11 +36,11 @@ def some_weights(device: str = "cpu") -> dict[str, Tensor]:
         "ids": torch.arange(11),
         "special": torch.tensor(SPECIAL),
         "large": memory[1:],  # not at a multiple of 8 bytes
-        "odd": torch.randn(41).bfloat16()[3:],
+        "odd": memory[:41].bfloat16()[3:],
         "fp8": torch.randn(13).to(torch.float8_e4m3fn),
         "last": torch.randn(3),
     }
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}  # views into `memory` stay what they are
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -109,6 +109,14 @@ def test_any_shapes(shapes: list[list[int]], dtype: torch.dtype | None, backend:
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     unflatten_weights(bucket, layout, into, backend)
     assert all(torch.equal(into[name], cast(tensor, dtype).to(tensor.dtype)) for name, tensor in tensors.items())
+
+
+def test_a_bucket_has_the_hash_of_its_weights() -> None:
+    tensors = some_weights()
+    bucket, layout = flatten_weights(tensors, dtype=None)
+    assert weights_hash(unflatten_weights(bucket, layout)) == weights_hash(tensors)
+    again, _ = flatten_weights(tensors, torch.full_like(bucket, 9), None)
+    assert torch.equal(again, bucket), "the bytes of a bucket follow from the weights"
 
 
 def test_cuda_takes_the_list_in_one_launch(cuda_on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
