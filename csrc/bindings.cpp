@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
   areal::bind_decode_attention(module);
   areal::bind_flatten_weights(module);
   areal::bind_gae(module);
+  areal::bind_logprob_entropy(module);
   areal::bind_plan_microbatches(module);
   areal::bind_weights_hash(module);
 }

@@ -7,6 +7,7 @@ from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
 from areal.ops.flatten_weights import flatten_weights, unflatten_weights
 from areal.ops.gae import gae
+from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.normalize_advantages import normalize_advantages
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.weights_hash import weights_hash
@@ -18,6 +19,7 @@ __all__ = [
     "decode_attention",
     "flatten_weights",
     "gae",
+    "logprob_entropy",
     "normalize_advantages",
     "plan_microbatches",
     "unflatten_weights",
