@@ -49,6 +49,11 @@ void call_unpack(const Rows& rows, const Layout& layout, int64_t threads) {
   areal::unpack(columns_of(rows), layout_of(layout), threads);
 }
 
+int64_t call_find_runs(uintptr_t mask, int64_t bytes, int64_t n, int64_t width, uintptr_t starts, uintptr_t lengths, int64_t threads) {
+  py::gil_scoped_release release;
+  return areal::find_runs(mask, bytes, n, width, reinterpret_cast<int64_t*>(starts), reinterpret_cast<int64_t*>(lengths), threads);
+}
+
 #ifdef AREAL_CUDA_VERSION
 void call_pack_cuda(const Rows& rows, const Layout& layout, const Derived& derived, uintptr_t stream) {
   const char* error = areal::pack_cuda(columns_of(rows), layout_of(layout), derived_of(derived), stream);
@@ -66,6 +71,8 @@ void call_unpack_cuda(const Rows& rows, const Layout& layout, uintptr_t stream) 
 void areal::bind_pack(py::module_& module) {
   module.def("pack", &call_pack, py::arg("columns"), py::arg("layout"), py::arg("derived"), py::arg("threads"));
   module.def("unpack", &call_unpack, py::arg("columns"), py::arg("layout"), py::arg("threads"));
+  module.def("find_runs", &call_find_runs, py::arg("mask"), py::arg("bytes"), py::arg("n"), py::arg("width"), py::arg("starts"),
+             py::arg("lengths"), py::arg("threads"));
 #ifdef AREAL_CUDA_VERSION
   module.def("pack_cuda", &call_pack_cuda, py::arg("columns"), py::arg("layout"), py::arg("derived"), py::arg("stream"));
   module.def("unpack_cuda", &call_unpack_cuda, py::arg("columns"), py::arg("layout"), py::arg("stream"));

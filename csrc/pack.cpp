@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "parallel.h"
@@ -53,6 +54,25 @@ void derive(const PackDerived& derived, int64_t i, int64_t first, int64_t begin,
     std::memset(has_next + begin, i >= 0, count);
     if (is_last) has_next[end - 1] = 0;
   }
+}
+
+template <class T>
+int64_t count_non_zero(const T* row, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += row[i] != 0;
+  return sum;
+}
+
+// False if the entries are not side by side.
+template <class T>
+bool find_run(const T* row, int64_t width, int64_t& start, int64_t& length) {
+  length = count_non_zero(row, width);
+  start = 0;
+  if (length == 0) return true;
+  constexpr int64_t kStep = 64;
+  while (start + kStep <= width && count_non_zero(row + start, kStep) == 0) start += kStep;
+  while (row[start] == 0) ++start;
+  return start + length <= width && count_non_zero(row + start, length) == length;
 }
 
 // So short that all columns of a piece stay in the cache where one is read for several, so long that a memcpy is worth its call.
@@ -113,6 +133,18 @@ void unpack(const std::vector<PackColumn>& columns, const SequenceLayout& layout
       fill(row + (start + length) * column.bytes, layout.width - start - length, column.bytes, column.fill);
     }
   });
+}
+
+int64_t find_runs(uint64_t mask, int64_t bytes, int64_t n, int64_t width, int64_t* starts, int64_t* lengths, int64_t threads) {
+  std::atomic<int64_t> bad{-1};
+  parallel_for(n, threads, [&](int64_t i) {
+    const auto find = [&](auto element) {
+      return find_run(pointer<const decltype(element)>(mask) + i * width, width, starts[i], lengths[i]);
+    };
+    const bool good = bytes == 1 ? find(uint8_t{}) : bytes == 2 ? find(uint16_t{}) : bytes == 4 ? find(uint32_t{}) : find(uint64_t{});
+    if (!good) bad = i;
+  });
+  return bad;
 }
 
 }  // namespace areal

@@ -34,4 +34,8 @@ struct PackDerived {
 void pack(const std::vector<PackColumn>& columns, const SequenceLayout& layout, const PackDerived& derived, int64_t threads);
 void unpack(const std::vector<PackColumn>& columns, const SequenceLayout& layout, int64_t threads);
 
+// Where the non-zero entries of each row of mask [n, width], elements of `bytes`, begin (starts[n], 0 without any) and how many there are
+// (lengths[n]). Returns a row in which they are not side by side, or -1.
+int64_t find_runs(uint64_t mask, int64_t bytes, int64_t n, int64_t width, int64_t* starts, int64_t* lengths, int64_t threads);
+
 }  // namespace areal

@@ -58,30 +58,30 @@ class Packing {
     return true;
   }
 
-  // order[0, end): each into the bin with the least room that suffices, the first of equals, or else into a new one. Starts without bins.
-  void best_fit(int64_t end) {
+  // order[0, end): each into the first bin that has room, which opens new ones as they are needed. Starts without bins.
+  void first_fit(int64_t end) {
     reset(0);
-    std::set<std::pair<int64_t, int64_t>> rooms;
-    for (int64_t at = 0; at < end; ++at) {
-      const int64_t i = problem_.order[at];
-      const auto found = rooms.lower_bound({problem_.lengths[i], -1});
-      if (found == rooms.end()) {
-        const int64_t bin = open();
-        put(i, bin, problem_.costs[i]);
-        rooms.insert({room_[bin], bin});
-      } else {
-        auto node = rooms.extract(found);
-        const int64_t bin = node.value().second;
-        put(i, bin, problem_.costs[i]);
-        node.value().first = room_[bin];
-        rooms.insert(std::move(node));
+    int64_t size = 1;
+    while (size < end) size *= 2;
+    std::vector<int64_t> room(2 * size, problem_.capacity);  // a tree: entry i is the most room below it, entry size + b that of bin b
+    for (int64_t k = 0; k < end; ++k) {
+      const int64_t i = problem_.order[k], length = problem_.lengths[i];
+      int64_t at = 1;
+      while (at < size) at = 2 * at + (room[2 * at] < length);
+      if (at - size == this->size()) open();
+      put(i, at - size, problem_.costs[i]);
+      room[at] -= length;
+      for (at /= 2; at > 0; at /= 2) {
+        const int64_t most = std::max(room[2 * at], room[2 * at + 1]);
+        if (room[at] == most) break;
+        room[at] = most;
       }
     }
   }
 
-  // The n_tight longest by best fit, the others by cost into what these leave of count bins.
+  // The n_tight longest by first fit, the others by cost into what these leave of count bins.
   bool split_fill(int64_t n_tight, int64_t count) {
-    best_fit(n_tight);
+    first_fit(n_tight);
     if (static_cast<int64_t>(bins_.size()) > count) return false;
     while (static_cast<int64_t>(bins_.size()) < count) open();
     return least_loaded(n_tight, problem_.costs, count);
@@ -92,8 +92,8 @@ class Packing {
 
  private:
   int64_t open() {
-    room_.push_back(problem_.capacity);
     load_.push_back(0.0);
+    room_.push_back(problem_.capacity);
     bins_.emplace_back();
     return size() - 1;
   }
@@ -192,14 +192,14 @@ Bins without_empty(Bins bins) {
   return bins;
 }
 
-// Bins by cost after as short a tight part as the capacity allows; count must do for best fit.
+// Bins by cost after as short a tight part as the capacity allows; count must do for first fit.
 Bins split_search(const MicrobatchProblem& problem, Packing& packing, int64_t count) {
   int64_t fails = 0, suffices = problem.n;
   for (int round = 0; round < kSplitRounds; ++round) {
     const int64_t middle = (fails + suffices) / 2;
     (packing.split_fill(middle, count) ? suffices : fails) = middle;
   }
-  if (!packing.split_fill(suffices, count)) throw std::logic_error("plan_microbatches: what best fit packed does not pack again");
+  if (!packing.split_fill(suffices, count)) throw std::logic_error("plan_microbatches: what first fit packed does not pack again");
   return without_empty(packing.take());
 }
 
@@ -207,7 +207,7 @@ Bins lpt(const MicrobatchProblem& problem) {
   const int64_t count = round_up(problem.least, problem.world_size);
   Packing packing(problem);
   if (packing.split_fill(0, count)) return packing.take();
-  packing.best_fit(problem.n);
+  packing.first_fit(problem.n);
   const int64_t tight = round_up(std::max(packing.size(), problem.least), problem.world_size);
   Bins bins;
   if (tight > count && differencing(problem, count, bins)) return bins;  // finds even packings that greedy rules miss
@@ -220,7 +220,7 @@ Bins kk(const MicrobatchProblem& problem) {
   Bins bins;
   if (differencing(problem, fails, bins)) return bins;
   Packing packing(problem);
-  packing.best_fit(problem.n);
+  packing.first_fit(problem.n);
   int64_t suffices = round_up(std::max(packing.size(), problem.least), world_size);
   while (suffices - fails > world_size) {
     const int64_t middle = round_up((fails + suffices) / 2, world_size);

@@ -86,7 +86,10 @@ def test_padded_and_ragged_give_the_same(lengths: list[int], on_backend: tuple[s
         expected(ragged, sum(lengths) + 5, -100),
     )
     check(pack(ragged, total=sum(lengths) + 2000, backend=backend), expected(ragged, sum(lengths) + 2000))
-    left = [i % 4 for i in range(len(lengths))]
+    for element in (torch.bool, torch.int16, torch.int32, torch.int64):
+        mask = (torch.arange(width, device=device) < at.unsqueeze(1)).to(element)
+        check(pack(make_padded(ragged, width), attention_mask=mask, backend=backend), expected(ragged))
+    left = [(i % 4 if i % 5 else width - L) for i, L in enumerate(lengths)]
     mask = make_padded({"mask": [torch.ones(L, device=device) for L in lengths]}, width, left)["mask"] == 1
     check(pack(make_padded(ragged, width, left), attention_mask=mask, backend=backend), expected(ragged))
     check(pack(make_padded(ragged, width, left), attention_mask=mask.long() * 3, total=sum(lengths), backend=backend), expected(ragged))
@@ -223,9 +226,9 @@ def test_compiles_without_a_break(on_backend: tuple[str, str]) -> None:
 
 def test_registered_as_torch_wants_it() -> None:
     ids, x, lengths = torch.randint(0, 9, (4, 6)), torch.randn(4, 6), torch.tensor([6, 0, 2, 3])
-    cu_seqlens, starts = layout_op(lengths, None, 6, 11)
-    torch.library.opcheck(layout_op, (lengths, None, 6, 11))
-    torch.library.opcheck(layout_op, (None, ids > 100, 6, -1))
+    cu_seqlens, starts = layout_op(lengths, None, 6, 11, "cpp")
+    torch.library.opcheck(layout_op, (lengths, None, 6, 11, "cpp"))
+    torch.library.opcheck(layout_op, (None, ids > 100, 6, -1, "cpp"))
     for backend in ("torch", "cpp"):
         torch.library.opcheck(torch.ops.areal.pack.default, ([ids, x], 2, 0, -100, -1, False, backend, 12, cu_seqlens, starts))
         torch.library.opcheck(

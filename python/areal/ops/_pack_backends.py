@@ -54,20 +54,18 @@ class _Pack(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         cu_seqlens, starts = ctx.saved_tensors
         n_extra, per_field = 9, len(ctx.shapes) // ctx.n_fields
         made: list[Tensor | None] = [None] * len(ctx.shapes)
         wanted = [f for f in range(ctx.n_fields) if any(ctx.needs_input_grad[n_extra + f * per_field : n_extra + (f + 1) * per_field])]
-        columns = [gradients[f] for f in wanted]
+        columns = [gradients[f].contiguous() for f in wanted]  # zeros where none came
         if ctx.ragged:
             sizes = [shape[0] for shape in ctx.shapes[:per_field]]
             for f, column in zip(wanted, columns, strict=True):
-                assert column is not None
                 made[f * per_field : (f + 1) * per_field] = column[: sum(sizes)].split(sizes)
         else:
-            sources = [column.contiguous() for column in columns if column is not None]
-            padded = _UNPACK(sources, [0.0] * len(sources), cu_seqlens, starts, ctx.shapes[0][1], ctx.backend)
+            padded = _UNPACK(columns, [0.0] * len(columns), cu_seqlens, starts, ctx.shapes[0][1], ctx.backend)
             for f, x in zip(wanted, padded, strict=True):
                 made[f] = x
         return (None,) * n_extra + tuple(made)
@@ -83,10 +81,10 @@ class _Unpack(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         cu_seqlens, starts = ctx.saved_tensors
         wanted = [i for i in range(len(gradients)) if ctx.needs_input_grad[5 + i]]
-        columns = [gradient.contiguous() for i in wanted if (gradient := gradients[i]) is not None]
+        columns = [gradients[i].contiguous() for i in wanted]  # zeros where none came
         packed = _PACK(columns, len(columns), -1, 0, -1, False, ctx.backend, ctx.total, cu_seqlens, starts)
         made: list[Tensor | None] = [None] * len(gradients)
         for i, x in zip(wanted, packed, strict=False):
@@ -102,24 +100,40 @@ def _require(condition: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def _layout(lengths: Tensor | None, mask: Tensor | None, width: int, total: int) -> tuple[Tensor, Tensor]:
+def _layout(lengths: Tensor | None, mask: Tensor | None, width: int, total: int, backend: str) -> tuple[Tensor, Tensor]:
     if lengths is not None:
         _require(((lengths >= 0) & (lengths <= width)).all(), f"pack: lengths must be from 0 to {width}, the columns of the fields")
         starts = lengths.new_empty(0, dtype=torch.int64)
     else:
         assert mask is not None
-        kept = mask != 0
-        lengths = kept.sum(1)
-        starts = kept.view(torch.int8).argmax(1) if width else torch.zeros_like(lengths)  # of equals, the first
-        runs = (kept[:, 1:] > kept[:, :-1]).sum(1) + kept[:, :1].sum(1)
-        _require((runs <= 1).all(), "pack: attention_mask must have its non-zero entries side by side in every row")
+        lengths, starts = _runs(mask, width, backend)
     ends = torch.cumsum(lengths, 0, dtype=torch.int64)
     room = 2**31 - 1 if total < 0 else total
     _require((ends <= room).all(), f"pack: total={room} is less than the number of tokens")
     return torch.cat([ends.new_zeros(1), ends]).int(), starts
 
 
-def _layout_fake(lengths: Tensor | None, mask: Tensor | None, width: int, total: int) -> tuple[Tensor, Tensor]:
+def _runs(mask: Tensor, width: int, backend: str) -> tuple[Tensor, Tensor]:
+    """How many non-zero entries each row has, and where they begin."""
+    apart = "pack: attention_mask must have its non-zero entries side by side in every row"
+    if backend == "cpp":
+        lengths, starts = (torch.empty(len(mask), dtype=torch.int64) for _ in range(2))
+        module = compiled_module()
+        assert module is not None
+        addresses = (starts.data_ptr(), lengths.data_ptr())
+        row = module.find_runs(mask.data_ptr(), mask.element_size(), len(mask), width, *addresses, torch.get_num_threads())
+        if row >= 0:
+            raise ValueError(f"{apart}; in row {row} they are not")
+        return lengths, starts
+    kept = mask != 0
+    lengths = kept.sum(1)
+    starts = kept.view(torch.int8).argmax(1) if width else torch.zeros_like(lengths)  # of equals, the first
+    runs = (kept[:, 1:] > kept[:, :-1]).sum(1) + kept[:, :1].sum(1)
+    _require((runs <= 1).all(), apart)
+    return lengths, starts
+
+
+def _layout_fake(lengths: Tensor | None, mask: Tensor | None, width: int, total: int, backend: str) -> tuple[Tensor, Tensor]:
     like = mask if lengths is None else lengths
     assert like is not None
     starts = like.new_empty(like.shape[0] if lengths is None else 0, dtype=torch.int64)
@@ -267,7 +281,9 @@ def _reference_unpack(sources: list[Tensor], fills: list[float], cu_seqlens: Ten
     return made
 
 
-layout_op = define_op("pack_layout(Tensor? lengths, Tensor? mask, SymInt width, SymInt total) -> (Tensor, Tensor)", _layout, _layout_fake)
+layout_op = define_op(
+    "pack_layout(Tensor? lengths, Tensor? mask, SymInt width, SymInt total, str backend) -> (Tensor, Tensor)", _layout, _layout_fake
+)
 _PACK = define_op(
     "pack(Tensor[] sources, int n_fields, int targets, int final_target, int loss_mask, bool ragged, str backend, SymInt total, "
     "Tensor cu_seqlens, Tensor starts) -> Tensor[]",

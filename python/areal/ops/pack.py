@@ -105,7 +105,7 @@ def _pack_padded(
         dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         check_tensor("pack", "attention_mask", mask, tuple(first.shape), dtypes, first.device)
     chosen = backend_for("pack", first.device, backend, has=BACKENDS)
-    cu_seqlens, starts = layout_op(lengths, mask, first.shape[1], -1 if total is None else total)
+    cu_seqlens, starts = layout_op(lengths, mask, first.shape[1], -1 if total is None else total, chosen)
     n_tokens = int(cu_seqlens[-1]) if total is None else total
     names = list(fields)
     job = Job(len(names), _find(names, targets), final_target, _find(names, loss_mask), False, chosen)

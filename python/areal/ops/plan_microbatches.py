@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Sequence
 from typing import Literal
 
@@ -161,15 +161,29 @@ class _Packing:
             heapq.heapreplace(ready, (self.load[b], b))
         return True
 
-    def best_fit(self, order: Sequence[int]) -> None:
-        """Each into the bin with the least room that suffices, the first of equals, or else into a new one. Starts without bins."""
+    def first_fit(self, order: Sequence[int]) -> None:
+        """Each into the first bin that has room, which opens new ones as they are needed. Starts without bins."""
         self.reset()
-        rooms: list[tuple[int, int]] = []
+        size = 1
+        while size < len(order):
+            size *= 2
+        room = [self.capacity] * (2 * size)  # a tree: entry i is the most room below it, entry size + b that of bin b
         for i in order:
-            at = bisect_left(rooms, (self.lengths[i], -1))
-            b = rooms.pop(at)[1] if at < len(rooms) else self._open()
-            self._put(i, b, self.costs[i])
-            insort(rooms, (self.room[b], b))
+            length, at = self.lengths[i], 1
+            while at < size:
+                at *= 2
+                if room[at] < length:
+                    at += 1
+            if at - size == len(self.bins):
+                self._open()
+            self._put(i, at - size, self.costs[i])
+            room[at] -= length
+            while at > 1:
+                at //= 2
+                most = max(room[2 * at], room[2 * at + 1])
+                if room[at] == most:
+                    break
+                room[at] = most
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -191,7 +205,7 @@ def _lpt(packing: _Packing, world_size: int, least: int) -> list[list[int]]:
     count = _round_up(least, world_size)
     if _split_fill(packing, 0, count):
         return packing.bins
-    packing.best_fit(packing.order)
+    packing.first_fit(packing.order)
     tight = _round_up(max(len(packing.bins), least), world_size)
     if tight > count:  # differencing finds even packings that greedy rules miss
         bins = _differencing(packing, count)
@@ -201,7 +215,7 @@ def _lpt(packing: _Packing, world_size: int, least: int) -> list[list[int]]:
 
 
 def _split_search(packing: _Packing, count: int) -> list[list[int]]:
-    """Bins by cost after as short a tight part as the capacity allows; ``count`` must do for best fit."""
+    """Bins by cost after as short a tight part as the capacity allows; ``count`` must do for first fit."""
     fails, suffices = 0, len(packing.order)
     for _ in range(SPLIT_ROUNDS):
         middle = (fails + suffices) // 2
@@ -210,13 +224,13 @@ def _split_search(packing: _Packing, count: int) -> list[list[int]]:
         else:
             fails = middle
     packed = _split_fill(packing, suffices, count)
-    assert packed, "what best fit packed once, it packs again"
+    assert packed, "what first fit packed once, it packs again"
     return _without_empty(packing.bins)
 
 
 def _split_fill(packing: _Packing, n_tight: int, count: int) -> bool:
-    """The ``n_tight`` longest by best fit, the others by cost into what these leave of ``count`` bins."""
-    packing.best_fit(packing.order[:n_tight])
+    """The ``n_tight`` longest by first fit, the others by cost into what these leave of ``count`` bins."""
+    packing.first_fit(packing.order[:n_tight])
     if len(packing.bins) > count:
         return False
     while len(packing.bins) < count:
@@ -241,7 +255,7 @@ def _kk(packing: _Packing, world_size: int, least: int) -> list[list[int]]:
     bins = _differencing(packing, fails)
     if bins is not None:
         return bins
-    packing.best_fit(packing.order)
+    packing.first_fit(packing.order)
     suffices = _round_up(max(len(packing.bins), least), world_size)
     while suffices - fails > world_size:
         middle = _round_up((fails + suffices) // 2, world_size)
