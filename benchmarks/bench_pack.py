@@ -27,7 +27,7 @@ DTYPES = {
 TOKEN = sum(dtype.itemsize for dtype in DTYPES.values())
 DERIVED = 8 + 4 + 8 + 1  # position ids, sequence ids, targets and their mask; ids and mask are in the cache for these
 WIDTH = 8192
-SEQUENCES = {"cpu": (16, 256, 2048), "cuda": (256, 4096, 16384)}
+SEQUENCES = {"cpu": (16, 128, 1024), "cuda": (256, 4096, 16384)}
 TARGET = {"cpu": None, "cuda": 0.8}  # on the CPU there is no target
 
 
@@ -65,7 +65,7 @@ def shape_cases(n: int, device: str, backends: list[str]) -> Iterator[Case]:
 
 def same(found: Any, expected: Any) -> None:
     if isinstance(found, Packed):
-        assert found[:2] != () and found.max_length == expected.max_length
+        assert found.max_length == expected.max_length
         found, expected = ({**p.fields, **dict(zip("abcde", p[1:6], strict=True))} for p in (found, expected))
     for name, column in found.items():
         assert torch.equal(column, expected[name]), name
