@@ -23,19 +23,18 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 // Bins being filled: the state of one attempt.
 class Packing {
  public:
-  explicit Packing(const MicrobatchProblem& problem) : problem_(problem) {}
+  explicit Packing(const MicrobatchProblem& problem) : problem_(problem), bin_of_(problem.n) {}
 
   void reset(int64_t n_bins) {
     room_.assign(n_bins, problem_.capacity);
     load_.assign(n_bins, 0.0);
-    bins_.assign(n_bins, {});
   }
 
   // order[begin, n): each into the bin with the smallest load that has room, the first of equals; false if that takes more than
   // most_bins. loads: of each sequence, or null for 1.
   bool least_loaded(int64_t begin, const double* loads, int64_t most_bins) {
-    std::vector<std::pair<double, int64_t>> all(bins_.size());
-    for (size_t b = 0; b < bins_.size(); ++b) all[b] = {load_[b], static_cast<int64_t>(b)};
+    std::vector<std::pair<double, int64_t>> all(size());
+    for (int64_t b = 0; b < size(); ++b) all[b] = {load_[b], b};
     MinHeap<std::pair<double, int64_t>> ready({}, std::move(all));
     std::priority_queue<std::pair<int64_t, int64_t>> parked;  // (room, -bin): found too full, until lengths have come down to their room
     for (int64_t at = begin; at < problem_.n; ++at) {
@@ -47,7 +46,7 @@ class Packing {
       if (!ready.empty()) {
         bin = ready.top().second;
         ready.pop();
-      } else if (static_cast<int64_t>(bins_.size()) < most_bins) {
+      } else if (size() < most_bins) {
         bin = open();
       } else {
         return false;
@@ -82,32 +81,40 @@ class Packing {
   // The n_tight longest by first fit, the others by cost into what these leave of count bins.
   bool split_fill(int64_t n_tight, int64_t count) {
     first_fit(n_tight);
-    if (static_cast<int64_t>(bins_.size()) > count) return false;
-    while (static_cast<int64_t>(bins_.size()) < count) open();
+    if (size() > count) return false;
+    while (size() < count) open();
     return least_loaded(n_tight, problem_.costs, count);
   }
 
-  int64_t size() const { return static_cast<int64_t>(bins_.size()); }
-  Bins take() { return std::move(bins_); }
+  int64_t size() const { return static_cast<int64_t>(room_.size()); }
+
+  // Once every sequence is in a bin; longest first in each.
+  Bins bins() const {
+    std::vector<int64_t> sizes(size(), 0);
+    for (const int64_t bin : bin_of_) ++sizes[bin];
+    Bins bins(size());
+    for (int64_t b = 0; b < size(); ++b) bins[b].reserve(sizes[b]);
+    for (int64_t at = 0; at < problem_.n; ++at) bins[bin_of_[problem_.order[at]]].push_back(problem_.order[at]);
+    return bins;
+  }
 
  private:
   int64_t open() {
     load_.push_back(0.0);
     room_.push_back(problem_.capacity);
-    bins_.emplace_back();
     return size() - 1;
   }
 
   void put(int64_t i, int64_t bin, double load) {
     room_[bin] -= problem_.lengths[i];
     load_[bin] += load;
-    bins_[bin].push_back(i);
+    bin_of_[i] = bin;
   }
 
   const MicrobatchProblem& problem_;
   std::vector<int64_t> room_;
   std::vector<double> load_;
-  Bins bins_;
+  std::vector<int64_t> bin_of_;  // of every sequence put so far
 };
 
 // One of the partitions that differencing joins: its sums above 0 with a member that names the bin, ascending.
@@ -195,18 +202,21 @@ Bins without_empty(Bins bins) {
 // Bins by cost after as short a tight part as the capacity allows; count must do for first fit.
 Bins split_search(const MicrobatchProblem& problem, Packing& packing, int64_t count) {
   int64_t fails = 0, suffices = problem.n;
+  bool packed = false;
   for (int round = 0; round < kSplitRounds; ++round) {
     const int64_t middle = (fails + suffices) / 2;
-    (packing.split_fill(middle, count) ? suffices : fails) = middle;
+    packed = packing.split_fill(middle, count);
+    (packed ? suffices : fails) = middle;
   }
-  if (!packing.split_fill(suffices, count)) throw std::logic_error("plan_microbatches: what first fit packed does not pack again");
-  return without_empty(packing.take());
+  if (!packed && !packing.split_fill(suffices, count))
+    throw std::logic_error("plan_microbatches: what first fit packed does not pack again");
+  return without_empty(packing.bins());
 }
 
 Bins lpt(const MicrobatchProblem& problem) {
   const int64_t count = round_up(problem.least, problem.world_size);
   Packing packing(problem);
-  if (packing.split_fill(0, count)) return packing.take();
+  if (packing.split_fill(0, count)) return packing.bins();
   packing.first_fit(problem.n);
   const int64_t tight = round_up(std::max(packing.size(), problem.least), problem.world_size);
   Bins bins;
@@ -236,7 +246,7 @@ Bins ffd(const MicrobatchProblem& problem) {
     packing.reset(count);
     packing.least_loaded(0, nullptr, problem.n);
     count = round_up(packing.size(), problem.world_size);
-    if (count == packing.size() || count > problem.n) return packing.take();
+    if (count == packing.size() || count > problem.n) return packing.bins();
   }
 }
 

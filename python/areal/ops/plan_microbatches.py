@@ -216,14 +216,12 @@ def _lpt(packing: _Packing, world_size: int, least: int) -> list[list[int]]:
 
 def _split_search(packing: _Packing, count: int) -> list[list[int]]:
     """Bins by cost after as short a tight part as the capacity allows; ``count`` must do for first fit."""
-    fails, suffices = 0, len(packing.order)
+    fails, suffices, packed = 0, len(packing.order), False
     for _ in range(SPLIT_ROUNDS):
         middle = (fails + suffices) // 2
-        if _split_fill(packing, middle, count):
-            suffices = middle
-        else:
-            fails = middle
-    packed = _split_fill(packing, suffices, count)
+        packed = _split_fill(packing, middle, count)
+        fails, suffices = (fails, middle) if packed else (middle, suffices)
+    packed = packed or _split_fill(packing, suffices, count)
     assert packed, "what first fit packed once, it packs again"
     return _without_empty(packing.bins)
 
