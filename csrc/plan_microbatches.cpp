@@ -28,6 +28,7 @@ class Packing {
   void reset(int64_t n_bins) {
     room_.assign(n_bins, problem_.capacity);
     load_.assign(n_bins, 0.0);
+    std::copy_n(head_starts_.begin(), std::min(head_starts_.size(), load_.size()), load_.begin());
   }
 
   // order[begin, n): each into the bin with the smallest load that has room, the first of equals; false if that takes more than
@@ -86,6 +87,9 @@ class Packing {
     return least_loaded(n_tight, problem_.costs, count);
   }
 
+  // Loads that the first bins have while they are empty; 0 for others.
+  void set_head_starts(std::vector<double> head_starts) { head_starts_ = std::move(head_starts); }
+
   int64_t size() const { return static_cast<int64_t>(room_.size()); }
 
   // Once every sequence is in a bin; longest first in each.
@@ -100,7 +104,7 @@ class Packing {
 
  private:
   int64_t open() {
-    load_.push_back(0.0);
+    load_.push_back(load_.size() < head_starts_.size() ? head_starts_[load_.size()] : 0.0);
     room_.push_back(problem_.capacity);
     return size() - 1;
   }
@@ -113,7 +117,7 @@ class Packing {
 
   const MicrobatchProblem& problem_;
   std::vector<int64_t> room_;
-  std::vector<double> load_;
+  std::vector<double> load_, head_starts_;
   std::vector<int64_t> bin_of_;  // of every sequence put so far
 };
 
@@ -213,15 +217,66 @@ Bins split_search(const MicrobatchProblem& problem, Packing& packing, int64_t co
   return without_empty(packing.bins());
 }
 
+// Each bin's; its members are put in ascending order.
+std::vector<double> work_of(Bins& bins, const MicrobatchProblem& problem) {
+  std::vector<double> work(bins.size(), 0.0);
+  for (size_t b = 0; b < bins.size(); ++b) {
+    std::sort(bins[b].begin(), bins[b].end());
+    for (const int64_t i : bins[b]) work[b] += problem.costs[i];
+  }
+  return work;
+}
+
+// What all turns take together.
+double lockstep(Bins& bins, const MicrobatchProblem& problem) {
+  std::vector<double> work = work_of(bins, problem);
+  std::sort(work.begin(), work.end(), std::greater<double>());
+  double total = 0;
+  for (size_t turn = 0; turn < work.size(); turn += problem.world_size) total += work[turn];
+  return total;
+}
+
+// Negative loads for the first bins, against turns that single sequences make long; empty where there are none. A sequence that costs more
+// than the mean bin sets the length of its turn, so the turn's other bins may as well cost as much, and those of later turns less: the
+// level that is left for these is what all cost together, less the long turns.
+std::vector<double> head_starts(const MicrobatchProblem& problem, int64_t count) {
+  const int64_t world_size = problem.world_size;
+  double left = 0;
+  for (int64_t k = 0; k < problem.n; ++k) left += problem.costs[problem.order[k]];
+  std::vector<double> longest;  // the costliest sequences of the turns above the level
+  double level = count > 0 ? left / static_cast<double>(count) : 0.0;
+  for (int64_t at = 0; at < std::min(count, problem.n); at += world_size) {
+    const double costliest = problem.costs[problem.order[at]];
+    if (costliest <= level) break;
+    longest.push_back(costliest);
+    const volatile double of_turn = costliest * static_cast<double>(world_size);  // rounded, not fused into the difference
+    left -= of_turn;
+    level = std::max(0.0, left / static_cast<double>(std::max(world_size, count - at - world_size)));
+  }
+  std::vector<double> starts;
+  for (const double cost : longest) starts.insert(starts.end(), world_size, level - cost);
+  return starts;
+}
+
 Bins lpt(const MicrobatchProblem& problem) {
-  const int64_t count = round_up(problem.least, problem.world_size);
+  int64_t count = round_up(problem.least, problem.world_size);
   Packing packing(problem);
-  if (packing.split_fill(0, count)) return packing.bins();
-  packing.first_fit(problem.n);
-  const int64_t tight = round_up(std::max(packing.size(), problem.least), problem.world_size);
-  Bins bins;
-  if (tight > count && differencing(problem, count, bins)) return bins;  // finds even packings that greedy rules miss
-  return split_search(problem, packing, tight);
+  if (!packing.split_fill(0, count)) {
+    packing.first_fit(problem.n);
+    const int64_t tight = round_up(std::max(packing.size(), problem.least), problem.world_size);
+    Bins bins;
+    if (tight > count && differencing(problem, count, bins)) return bins;  // finds even packings that greedy rules miss
+    if (tight == count || !packing.split_fill(0, tight)) return split_search(problem, packing, tight);
+    count = tight;
+  }
+  Bins plain = packing.bins();
+  const std::vector<double> starts = head_starts(problem, count);
+  packing.set_head_starts(starts);
+  if (!starts.empty() && packing.split_fill(0, count)) {
+    Bins ahead = without_empty(packing.bins());
+    if (lockstep(ahead, problem) < lockstep(plain, problem)) return ahead;
+  }
+  return plain;
 }
 
 Bins kk(const MicrobatchProblem& problem) {
@@ -254,11 +309,7 @@ Bins ffd(const MicrobatchProblem& problem) {
 MicrobatchPlan deal(Bins bins, const MicrobatchProblem& problem) {
   const int64_t world_size = problem.world_size;
   bins.resize(round_up(bins.size(), world_size));
-  std::vector<double> work(bins.size(), 0.0);
-  for (size_t b = 0; b < bins.size(); ++b) {
-    std::sort(bins[b].begin(), bins[b].end());
-    for (const int64_t i : bins[b]) work[b] += problem.costs[i];
-  }
+  const std::vector<double> work = work_of(bins, problem);
   std::vector<int64_t> by_work(bins.size()), ranks(world_size);
   std::iota(by_work.begin(), by_work.end(), 0);
   std::stable_sort(by_work.begin(), by_work.end(), [&](int64_t a, int64_t b) { return work[a] > work[b]; });

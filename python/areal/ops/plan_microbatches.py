@@ -39,10 +39,10 @@ def plan_microbatches(
     unit): with causal attention, b / a is about 1 / (12 * hidden size). Micro-batches are put into turns of like cost, and each turn is
     dealt so that ranks get like totals. Algorithms:
 
-    - ``lpt``: the smallest multiple of ``world_size`` for which a packing is found (by the lower bound of ``lower_bound`` or within best
-      fit's 11/9 of it; finding the fewest is NP-hard). Costliest sequence first, into the micro-batch with the least cost that has room
-      (Graham's longest processing time). Where that runs out of room, as many of the longest sequences as necessary are packed by best
-      fit first. O(n log n).
+    - ``lpt``: the smallest multiple of ``world_size`` for which a packing is found (the lower bound of ``lower_bound``, or up to 11/9 of
+      it by first fit; finding the fewest is NP-hard). Costliest sequence first, into the micro-batch with the least cost that has room
+      (Graham's longest processing time); where a single sequence makes a turn long, that turn's other micro-batches get more. Where
+      there is no room left, as many of the longest sequences as necessary are packed by first fit before. O(n log n).
     - ``kk``: Karmarkar and Karp's largest differencing on tokens, at the smallest multiple of ``world_size`` where its result keeps to
       the capacity. Evener than ``lpt`` with few sequences per micro-batch, and some times slower.
     - ``ffd``: algorithm 1 of arXiv 2505.24298: longest first; a sequence opens a new micro-batch while there are fewer than ``k_min``
@@ -121,18 +121,20 @@ class _Packing:
 
     def __init__(self, lengths: list[int], costs: list[float], order: list[int], capacity: int) -> None:
         self.lengths, self.costs, self.order, self.capacity = lengths, costs, order, capacity
+        self.head_starts: list[float] = []  # loads that the first bins have while they are empty; 0 for others
         self.reset()
 
     def reset(self, n_bins: int = 0) -> None:
         self.room = [self.capacity] * n_bins
-        self.load: list[float] = [0.0] * n_bins
+        self.load = (self.head_starts + [0.0] * n_bins)[:n_bins]
         self.bins: list[list[int]] = [[] for _ in range(n_bins)]
 
     def _open(self) -> int:
         self.room.append(self.capacity)
-        self.load.append(0.0)
+        b = len(self.bins)
+        self.load.append(self.head_starts[b] if b < len(self.head_starts) else 0.0)
         self.bins.append([])
-        return len(self.bins) - 1
+        return b
 
     def _put(self, i: int, b: int, load: float) -> None:
         self.room[b] -= self.lengths[i]
@@ -203,15 +205,64 @@ def _ffd(packing: _Packing, world_size: int, k_min: int) -> list[list[int]]:
 
 def _lpt(packing: _Packing, world_size: int, least: int) -> list[list[int]]:
     count = _round_up(least, world_size)
-    if _split_fill(packing, 0, count):
-        return packing.bins
-    packing.first_fit(packing.order)
-    tight = _round_up(max(len(packing.bins), least), world_size)
-    if tight > count:  # differencing finds even packings that greedy rules miss
-        bins = _differencing(packing, count)
-        if bins is not None:
-            return bins
-    return _split_search(packing, tight)
+    if not _split_fill(packing, 0, count):
+        packing.first_fit(packing.order)
+        tight = _round_up(max(len(packing.bins), least), world_size)
+        if tight > count:  # differencing finds even packings that greedy rules miss
+            bins = _differencing(packing, count)
+            if bins is not None:
+                return bins
+        if tight == count or not _split_fill(packing, 0, tight):
+            return _split_search(packing, tight)
+        count = tight
+    plain = packing.bins
+    packing.head_starts = _head_starts(packing, world_size, count)
+    if packing.head_starts and _split_fill(packing, 0, count):
+        ahead = _without_empty(packing.bins)
+        if _lockstep(ahead, packing.costs, world_size) < _lockstep(plain, packing.costs, world_size):
+            return ahead
+    return plain
+
+
+def _head_starts(packing: _Packing, world_size: int, count: int) -> list[float]:
+    """Negative loads for the first bins, against turns that single sequences make long; empty where there are none.
+
+    A sequence that costs more than the mean bin sets the length of its turn, so the turn's other bins may as well cost as much, and
+    those of later turns less: the level that is left for these is what all cost together, less the long turns.
+    """
+    left = 0.0
+    for i in packing.order:
+        left += packing.costs[i]
+    longest: list[float] = []  # the costliest sequences of the turns above the level
+    level = left / count if count else 0.0
+    for at in range(0, min(count, len(packing.order)), world_size):
+        costliest = packing.costs[packing.order[at]]
+        if costliest <= level:
+            break
+        longest.append(costliest)
+        left -= costliest * world_size
+        level = max(0.0, left / max(world_size, count - at - world_size))
+    return [level - cost for cost in longest for _ in range(world_size)]
+
+
+def _lockstep(bins: list[list[int]], costs: list[float], world_size: int) -> float:
+    """What all turns take together."""
+    total = 0.0
+    for longest in sorted(_work(bins, costs), reverse=True)[::world_size]:
+        total += longest
+    return total
+
+
+def _work(bins: list[list[int]], costs: list[float]) -> list[float]:
+    """Each bin's; its members are put in ascending order. Sums are one by one in that order: the other backend's rounding."""
+    work = []
+    for members in bins:
+        members.sort()
+        total = 0.0
+        for i in members:
+            total += costs[i]
+        work.append(total)
+    return work
 
 
 def _split_search(packing: _Packing, count: int) -> list[list[int]]:
@@ -304,13 +355,8 @@ def _differencing(packing: _Packing, count: int) -> list[list[int]] | None:
 
 def _deal(bins: list[list[int]], costs: list[float], world_size: int) -> Plan:
     """Turns of like cost; in a turn the costliest goes to the rank with the least so far."""
-    bins = [sorted(b) for b in bins] + [[] for _ in range(-len(bins) % world_size)]
-    work = []
-    for members in bins:
-        total = 0.0
-        for i in members:  # one by one, in this order: the other backend's rounding
-            total += costs[i]
-        work.append(total)
+    bins = bins + [[] for _ in range(-len(bins) % world_size)]
+    work = _work(bins, costs)
     by_work = sorted(range(len(bins)), key=lambda b: -work[b])
     plan: Plan = [[] for _ in range(world_size)]
     load = [0.0] * world_size
