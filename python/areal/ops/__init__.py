@@ -5,6 +5,7 @@ Needs torch and numpy, nothing else of the package.
 
 from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
+from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.pack import Packed, pack, unpack, unpack_ragged
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.weights_hash import weights_hash
@@ -13,6 +14,7 @@ __all__ = [
     "BackendUnavailable",
     "Packed",
     "decode_attention",
+    "logprob_entropy",
     "pack",
     "plan_microbatches",
     "unpack",
