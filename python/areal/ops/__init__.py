@@ -9,19 +9,24 @@ from areal.ops.flatten_weights import flatten_weights, unflatten_weights
 from areal.ops.gae import gae
 from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.normalize_advantages import normalize_advantages
+from areal.ops.pack import Packed, pack, unpack, unpack_ragged
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.weights_hash import weights_hash
 from areal.ops.weights_layout import WeightsLayout
 
 __all__ = [
     "BackendUnavailable",
+    "Packed",
     "WeightsLayout",
     "decode_attention",
     "flatten_weights",
     "gae",
     "logprob_entropy",
     "normalize_advantages",
+    "pack",
     "plan_microbatches",
     "unflatten_weights",
+    "unpack",
+    "unpack_ragged",
     "weights_hash",
 ]
