@@ -9,6 +9,8 @@ share a K/V head. ``torch``, the reference, is a dense product over all position
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,7 @@ def _backend(q: Tensor, forced: str | None) -> str:
     return backend_for(_OP, q.device, forced, has=("cpp", "triton", "torch"), unfit=_unfit(q.dtype, q.shape[-1], q.is_cuda))
 
 
+@functools.cache
 def _unfit(dtype: torch.dtype, d: int, on_cuda: bool) -> tuple[tuple[str, str], ...]:
     unfit = []
     if dtype not in _CPP_DTYPES:
