@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -264,3 +265,46 @@ def test_wrong_arguments_are_refused(backend: str, change: dict[str, Any], sente
 @needs_cpp
 def test_what_runs_compiled_on_this_cpu() -> None:
     assert runs_compiled(torch.zeros(8)) and runs_compiled(torch.zeros(8).bfloat16()) and not runs_compiled(torch.zeros(8).half())
+
+
+def _attend_ptx(dtype: str, d: int, **more: Any) -> str:
+    pointers = dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{dtype}") | dict.fromkeys(("partial", "statistics"), "*fp32")
+    indices = dict.fromkeys(("slots", "lengths"), "*i64") | dict.fromkeys(("q_row", "q_head", "capacity", "n_splits", "window"), "i32")
+    constants = {
+        "GROUP": 7,
+        "BLOCK_G": 16,
+        "KV_HEADS": 4,
+        "D": d,
+        "BLOCK_D": max(16, 1 << (d - 1).bit_length()),
+        "BLOCK_N": 64,
+        "SPLIT": 1024,
+    }
+    constants |= {"STAGES": 3, "HAS_SLOTS": True, "WINDOW": False, "SOFTCAP": False, "DIRECT": False} | more
+    floats = {"scaling": "fp32", "softcap": "fp32"}
+    return compile_to_ptx(
+        "decode_attention_triton", "attend_kernel", pointers | indices | floats, constants, multiples_of_16=("q_row", "q_head", "capacity")
+    )
+
+
+def test_the_gpu_kernel_copies_ahead_and_uses_tensor_cores() -> None:
+    """Compiled for sm_90: K and V by asynchronous copies of 16 bytes, several blocks under way, and products on tensor cores."""
+    ptx = _attend_ptx("bf16", 128)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*", ptx)
+    assert copies and all(re.search(r"cp\.async\.cg.* 0x10,", copy) for copy in copies)
+    assert re.search(r"cp\.async\.wait_group\s+[1-9]", ptx), "waits for all that is under way"
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx  # the query, and the partial results
+
+
+def test_the_other_gpu_kernels_compile() -> None:
+    ptx = compile_to_ptx(
+        "decode_attention_triton",
+        "combine_kernel",
+        {"partial": "*fp32", "statistics": "*fp32", "lengths": "*i64", "out": "*bf16", "n_splits": "i32", "window": "i32"},
+        {"HEADS": 28, "D": 128, "BLOCK_D": 128, "SPLIT": 1024, "WINDOW": True},
+    )
+    assert "ld.global" in ptx
+    new = dict.fromkeys(("new_k", "new_v", "k_cache", "v_cache"), "*bf16") | dict.fromkeys(("slots", "lengths"), "*i64")
+    strides = dict.fromkeys(("k_row", "k_head", "v_row", "v_head", "capacity"), "i32")
+    constants = {"KV_HEADS": 4, "D": 128, "BLOCK_D": 128, "HAS_SLOTS": False}
+    assert "st.global" in compile_to_ptx("decode_attention_triton", "store_kernel", new | strides, constants)

@@ -118,8 +118,8 @@ def store_and_attend(
 ) -> Tensor:
     """``ops.decode_attention`` as a layer asks for it: k and v are stored first."""
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    options = {"scaling": spec.scaling, "window": spec.sliding_window, "softcap": spec.softcap}
-    return decode_attention(q, k_cache, v_cache, slots, lengths, **options, new_k=k, new_v=v)
+    window, softcap = spec.sliding_window, spec.softcap
+    return decode_attention(q, k_cache, v_cache, slots, lengths, scaling=spec.scaling, window=window, softcap=softcap, new_k=k, new_v=v)
 
 
 def slots_and_positions(slots: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
