@@ -105,8 +105,7 @@ AREAL_INLINE float exponentiate(float* scores, int64_t n, float softcap) {
     largest = max8(largest, score);
   }
   for (int64_t j = n; j < padded; ++j) scores[j] = -__builtin_inff();
-  float top = largest[0];
-  for (int i = 1; i < kWidth; ++i) top = largest[i] > top ? largest[i] : top;
+  const float top = largest8(largest);
   Float8 sums{};
   for (int64_t j = 0; j < padded; j += kWidth) {
     const Float8 e = exp8(load8(scores + j) - top);
@@ -158,8 +157,8 @@ AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64
   float* const queries = scratch;
   float* const sums = queries + group * d;
   float* const scores = sums + group;
+  int64_t row = begin / call.kv_heads, kv_head = begin % call.kv_heads;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / call.kv_heads, kv_head = item % call.kv_heads;
     const int64_t length = call.lengths[row];
     float* const out = call.out + (row * call.heads + kv_head * group) * d;
     const int64_t first = call.window > 0 && length > call.window ? length - call.window : 0;
@@ -173,6 +172,10 @@ AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64
     else
       attend_group<Fetch>(queries, static_cast<const T*>(call.k_cache) + start, static_cast<const T*>(call.v_cache) + start, group,
                           length - first, d, call.softcap, sums, scores, stride, out);
+    if (++kv_head == call.kv_heads) {
+      kv_head = 0;
+      ++row;
+    }
   }
 }
 

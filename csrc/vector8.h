@@ -56,6 +56,12 @@ AREAL_INLINE float sum8(const Float8& value) {
   return x[0] + x[1];
 }
 
+AREAL_INLINE float largest8(const Float8& value) {
+  Float8 x = max8(value, AREAL_SHUFFLE(value, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = max8(x, AREAL_SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return x[0] > x[1] ? x[0] : x[1];
+}
+
 // Lane i is the sum of x[i]'s lanes: seven additions instead of 24.
 AREAL_INLINE Float8 sum_each8(const Float8* x) {
   Float8 four[4], two[2];

@@ -203,11 +203,15 @@ def _cpp(
     assert module is not None
     queries = q.float()
     out = torch.empty(q.shape, dtype=torch.float32)
-    tensors = (queries, k_cache, v_cache, lengths, slots, new_k, new_v, out)
-    strides = [stride for t in (queries, new_k, new_v) for stride in ((0, 0) if t is None else t.stride()[:2])]
-    n_slots, kv_heads, capacity, d = k_cache.shape
-    sizes = [q.shape[0], q.shape[1], kv_heads, n_slots, capacity, d, *strides, window or 0, q.dtype == torch.bfloat16]
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    rows, heads, d = q.shape
+    n_slots, kv_heads, capacity, _ = k_cache.shape
+    strides, new_addresses = [*queries.stride()[:2], 0, 0, 0, 0], (0, 0)
+    if new_k is not None and new_v is not None:
+        strides[2:] = *new_k.stride()[:2], *new_v.stride()[:2]
+        new_addresses = new_k.data_ptr(), new_v.data_ptr()
+    sizes = [rows, heads, kv_heads, n_slots, capacity, d, *strides, window or 0, q.dtype == torch.bfloat16]
+    addresses = [queries.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), lengths.data_ptr()]
+    addresses += [0 if slots is None else slots.data_ptr(), *new_addresses, out.data_ptr()]
     module.decode_attention(addresses, sizes, scaling, softcap or 0.0, torch.get_num_threads())
     return out.to(q.dtype)
 
