@@ -146,6 +146,11 @@ def backend_for(
     return _backend_for(op, device.type, has, unfit, backend or _forced_by_environment(op))
 
 
+# torch.compile calls it while tracing and keeps the answer, as torch.compiler.assume_constant_result would have it do; that function is
+# not called, because it imports all of the compiler.
+backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def forget_choices() -> None:
     """Looks at the machine again; for tests that exchange the compiled module."""
     compiled_module.cache_clear()
