@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "bfloat16.h"
+
 namespace areal {
 
 // Row r sees the first lengths[r] positions of slot slots[r], or the last `window` of those. With new_k and new_v, those of all rows are

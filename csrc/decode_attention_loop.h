@@ -4,6 +4,7 @@
 // in eight accumulators, which one transposition sums, and blocks of keys stay in the first-level cache from run to run.
 
 #include "vector8.h"
+#include "vector8_bfloat16.h"
 
 constexpr int64_t kKeyBlock = 64, kValueBlock = 32;  // positions
 constexpr int64_t kAhead = 1024, kLine = 64;         // bytes
@@ -15,6 +16,17 @@ constexpr int64_t kTrackedRow = 256;
 template <int bytes>
 AREAL_INLINE void fetch(const void* p) {
   for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// The inner product of a, float, and b, float or bfloat16.
+template <typename T>
+AREAL_INLINE float dot(const float* a, const T* b, int64_t n) {
+  Float8 sum{};
+  int64_t c = 0;
+  for (; c + kWidth <= n; c += kWidth) sum += load8(a + c) * load8(b + c);
+  float total = sum8(sum);
+  for (; c < n; ++c) total += a[c] * load1(b + c);
+  return total;
 }
 
 // Scores of `Heads` heads (rows of q, d apart) for the 8 / Heads keys at k: head h, key j at scores[h * stride + j].
@@ -45,7 +57,7 @@ AREAL_INLINE void score_block(const float* q, const T* k, int64_t n, int64_t d, 
   int64_t j = 0;
   for (; j + kKeys <= n; j += kKeys) score_keys<Heads, Fetch>(q, k + j * d, d, scores + j, stride);
   for (; j < n; ++j)
-    for (int h = 0; h < Heads; ++h) scores[h * stride + j] = dot8(q + h * d, k + j * d, d);
+    for (int h = 0; h < Heads; ++h) scores[h * stride + j] = dot(q + h * d, k + j * d, d);
 }
 
 // out[h * d ..] += sum over j < n of weights[h * stride + j] * v[j * d ..], 8 * Vectors columns. Few accumulators come in two chains,
@@ -191,7 +203,7 @@ AREAL_INLINE void attend_rows_of(const DecodeAttention& call, int64_t begin, int
 // positions that a row sees, rounded up to whole vectors.
 void decode_items(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
   if (call.bf16)
-    attend_rows_of<uint16_t>(call, begin, end, scratch, stride);
+    attend_rows_of<BFloat16>(call, begin, end, scratch, stride);
   else
     attend_rows_of<float>(call, begin, end, scratch, stride);
 }

@@ -22,28 +22,6 @@ AREAL_INLINE Float8 load8(const float* p) {
   return x;
 }
 
-// bfloat16 is the upper half of a float.
-typedef uint16_t Short8 __attribute__((vector_size(16)));
-typedef uint32_t Unsigned8 __attribute__((vector_size(32)));
-
-AREAL_INLINE Float8 load8(const uint16_t* p) {
-  Short8 halves;
-  __builtin_memcpy(&halves, p, sizeof(halves));
-  const Unsigned8 bits = __builtin_convertvector(halves, Unsigned8) << 16;
-  Float8 x;
-  __builtin_memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-AREAL_INLINE float load1(const float* p) { return *p; }
-
-AREAL_INLINE float load1(const uint16_t* p) {
-  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
 AREAL_INLINE void store8(float* p, const Float8& x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
 AREAL_INLINE Float8 max8(const Float8& a, const Float8& b) { return a > b ? a : b; }
@@ -117,15 +95,4 @@ AREAL_INLINE Float8 tanh8(const Float8& x) {
   series = series * square - 1.0f / 3;
   const Float8 y = size < 0.25f ? size + size * square * series : large;
   return x < 0.0f ? -y : y;
-}
-
-// The inner product of a, float, and b, float or bfloat16.
-template <typename T>
-AREAL_INLINE float dot8(const float* a, const T* b, int64_t n) {
-  Float8 sum{};
-  int64_t c = 0;
-  for (; c + kWidth <= n; c += kWidth) sum += load8(a + c) * load8(b + c);
-  float total = sum8(sum);
-  for (; c < n; ++c) total += a[c] * load1(b + c);
-  return total;
 }
