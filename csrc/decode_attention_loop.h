@@ -1,72 +1,213 @@
-// The rows of decode_attention, compiled once per instruction set: included inside a namespace of its own.
+// The work items of decode_attention, compiled once per instruction set: included inside a namespace of its own.
+//
+// The query heads of one K/V head share every load of K and V. They go in runs of 4, 2 and 1: a run of `Heads` heads has 8 / Heads keys
+// in eight accumulators, which one transposition sums, and blocks of keys stay in the first-level cache from run to run.
 
 #include "vector8.h"
+#include "vector8_bfloat16.h"
 
-AREAL_INLINE float dot(const float* a, const float* b, int64_t d) {
+constexpr int64_t kKeyBlock = 64, kValueBlock = 32;  // positions
+constexpr int64_t kAhead = 1024, kLine = 64;         // bytes
+// Rows of more bytes than this are fetched ahead by hand: eight vectors of several rows at a time is an order of accesses in which the
+// processor's own prefetching loses the track (a third of the time at d = 128 in float32, nothing gained at 64).
+constexpr int64_t kTrackedRow = 256;
+
+// Asks for `bytes` bytes at p, a multiple of a line.
+template <int bytes>
+AREAL_INLINE void fetch(const void* p) {
+  for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+// The inner product of a, float, and b, float or bfloat16.
+template <typename T>
+AREAL_INLINE float dot(const float* a, const T* b, int64_t n) {
   Float8 sum{};
   int64_t c = 0;
-  for (; c + kWidth <= d; c += kWidth) sum += load8(a + c) * load8(b + c);
+  for (; c + kWidth <= n; c += kWidth) sum += load8(a + c) * load8(b + c);
   float total = sum8(sum);
-  for (; c < d; ++c) total += a[c] * b[c];
+  for (; c < n; ++c) total += a[c] * load1(b + c);
   return total;
 }
 
-// out[0 .. 8 * N) = sum over j of weights[j] * v[j * d + ...]; two chains of additions, since one would wait on its own results.
-template <int N>
-AREAL_INLINE void weighted_sum(const float* weights, const float* v, int64_t n, int64_t d, float* out) {
-  Float8 even[N] = {}, odd[N] = {};
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2)
-    for (int i = 0; i < N; ++i) {
-      even[i] += weights[j] * load8(v + j * d + i * kWidth);
-      odd[i] += weights[j + 1] * load8(v + (j + 1) * d + i * kWidth);
+// Scores of `Heads` heads (rows of q, d apart) for the 8 / Heads keys at k: head h, key j at scores[h * stride + j].
+template <int Heads, bool Fetch, typename T>
+AREAL_INLINE void score_keys(const float* q, const T* k, int64_t d, float* scores, int64_t stride) {
+  constexpr int kKeys = 8 / Heads;
+  Float8 sums[8] = {};
+  int64_t c = 0;
+  for (; c + kWidth <= d; c += kWidth) {
+    if constexpr (Fetch) fetch<kKeys * kWidth * sizeof(T)>(reinterpret_cast<const char*>(k + c * kKeys) + kAhead);
+    Float8 keys[kKeys];
+    for (int j = 0; j < kKeys; ++j) keys[j] = load8(k + j * d + c);
+    for (int h = 0; h < Heads; ++h) {
+      const Float8 query = load8(q + h * d + c);
+      for (int j = 0; j < kKeys; ++j) sums[h * kKeys + j] += query * keys[j];
     }
-  if (j < n)
-    for (int i = 0; i < N; ++i) even[i] += weights[j] * load8(v + j * d + i * kWidth);
-  for (int i = 0; i < N; ++i) store8(out + i * kWidth, even[i] + odd[i]);
+  }
+  float totals[8];
+  store8(totals, sum_each8(sums));
+  for (; c < d; ++c)
+    for (int i = 0; i < 8; ++i) totals[i] += q[i / kKeys * d + c] * load1(k + i % kKeys * d + c);
+  for (int h = 0; h < Heads; ++h) __builtin_memcpy(scores + h * stride, totals + h * kKeys, kKeys * sizeof(float));
 }
 
-AREAL_INLINE void attend_head(const float* q, const float* k, const float* v, int64_t n, int64_t d, float scaling, float* scores,
-                              float* out) {
-  float largest = -__builtin_inff();
-  for (int64_t j = 0; j < n; ++j) {
-    const float score = dot(q, k + j * d, d) * scaling;
-    scores[j] = score;
-    largest = score > largest ? score : largest;
+template <int Heads, bool Fetch, typename T>
+AREAL_INLINE void score_block(const float* q, const T* k, int64_t n, int64_t d, float* scores, int64_t stride) {
+  constexpr int64_t kKeys = 8 / Heads;
+  int64_t j = 0;
+  for (; j + kKeys <= n; j += kKeys) score_keys<Heads, Fetch>(q, k + j * d, d, scores + j, stride);
+  for (; j < n; ++j)
+    for (int h = 0; h < Heads; ++h) scores[h * stride + j] = dot(q + h * d, k + j * d, d);
+}
+
+// out[h * d ..] += sum over j < n of weights[h * stride + j] * v[j * d ..], 8 * Vectors columns. Few accumulators come in two chains,
+// since one would wait on its own results. From `ahead` on is what it fetches for the next block, the share of these columns.
+template <int Heads, int Vectors, bool Fetch, typename T>
+AREAL_INLINE void add_values(const float* weights, int64_t stride, const T* v, const T* ahead, int64_t n, int64_t d, float* out) {
+  constexpr int kChains = Heads * Vectors >= 8 ? 1 : 2;
+  Float8 sums[kChains][Heads][Vectors] = {};
+  int64_t j = 0;
+  for (; j + kChains <= n; j += kChains)
+    for (int chain = 0; chain < kChains; ++chain) {
+      if constexpr (Fetch) fetch<Vectors * kWidth * sizeof(T)>(ahead + (j + chain) * Vectors * kWidth);
+      Float8 values[Vectors];
+      for (int i = 0; i < Vectors; ++i) values[i] = load8(v + (j + chain) * d + i * kWidth);
+      for (int h = 0; h < Heads; ++h)
+        for (int i = 0; i < Vectors; ++i) sums[chain][h][i] += weights[h * stride + j + chain] * values[i];
+    }
+  if (j < n)
+    for (int h = 0; h < Heads; ++h)
+      for (int i = 0; i < Vectors; ++i) sums[0][h][i] += weights[h * stride + j] * load8(v + j * d + i * kWidth);
+  for (int h = 0; h < Heads; ++h)
+    for (int i = 0; i < Vectors; ++i) {
+      float* const to = out + h * d + i * kWidth;
+      store8(to, load8(to) + (kChains == 1 ? sums[0][h][i] : sums[0][h][i] + sums[kChains - 1][h][i]));
+    }
+}
+
+// All columns from c on: as many vectors at a time as there are, `Vectors` at most, then single ones.
+template <int Heads, int Vectors, bool Fetch, typename T>
+AREAL_INLINE void add_columns(const float* weights, int64_t stride, const T* v, int64_t n, int64_t d, int64_t c, float* out) {
+  for (; c + Vectors * kWidth <= d; c += Vectors * kWidth)
+    add_values<Heads, Vectors, Fetch>(weights, stride, v + c, v + n * (d + c), n, d, out + c);
+  if constexpr (Vectors > 1) {
+    add_columns<Heads, Vectors - 1, Fetch>(weights, stride, v, n, d, c, out);
+  } else {
+    for (; c < d; ++c)
+      for (int h = 0; h < Heads; ++h) {
+        float sum = 0;
+        for (int64_t j = 0; j < n; ++j) sum += weights[h * stride + j] * load1(v + j * d + c);
+        out[h * d + c] += sum;
+      }
   }
+}
+
+// scores[0 .. n), with a soft cap what that makes of them, become exp(score - largest); n is rounded up to whole vectors, which must be
+// there. Returns their sum.
+AREAL_INLINE float exponentiate(float* scores, int64_t n, float softcap) {
   const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
+  for (int64_t j = n; j < padded; ++j) scores[j] = scores[n - 1];
+  Float8 largest = Float8{} - __builtin_inff();
+  for (int64_t j = 0; j < padded; j += kWidth) {
+    Float8 score = load8(scores + j);
+    if (softcap > 0) {
+      score = softcap * tanh8(score);
+      store8(scores + j, score);
+    }
+    largest = max8(largest, score);
+  }
   for (int64_t j = n; j < padded; ++j) scores[j] = -__builtin_inff();
+  const float top = largest8(largest);
   Float8 sums{};
   for (int64_t j = 0; j < padded; j += kWidth) {
-    const Float8 e = exp8(load8(scores + j) - largest);
+    const Float8 e = exp8(load8(scores + j) - top);
     store8(scores + j, e);
     sums += e;
   }
-  const float norm = 1.0f / sum8(sums);
-  for (int64_t j = 0; j < n; ++j) scores[j] *= norm;
-  int64_t c = 0;
-  for (; c + 4 * kWidth <= d; c += 4 * kWidth) weighted_sum<4>(scores, v + c, n, d, out + c);
-  const int64_t vectors = (d - c) / kWidth;
-  if (vectors == 3) weighted_sum<3>(scores, v + c, n, d, out + c);
-  if (vectors == 2) weighted_sum<2>(scores, v + c, n, d, out + c);
-  if (vectors == 1) weighted_sum<1>(scores, v + c, n, d, out + c);
-  for (c += vectors * kWidth; c < d; ++c) {
-    float sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += scores[j] * v[j * d + c];
-    out[c] = sum;
+  return sum8(sums);
+}
+
+// run(Heads, h) for runs of the heads h to h + Heads - 1 that make up `group`.
+#define AREAL_HEAD_RUNS(group, run)             \
+  do {                                          \
+    int64_t h = 0;                              \
+    for (; h + 4 <= (group); h += 4) run(4, h); \
+    if (h + 2 <= (group)) {                     \
+      run(2, h);                                \
+      h += 2;                                   \
+    }                                           \
+    if (h < (group)) run(1, h);                 \
+  } while (false)
+
+// The `group` query heads of one row and one K/V head over n keys. q [group, d] is scaled already (with a soft cap: divided by it);
+// scores is [group, stride], stride >= n rounded up to whole vectors; out [group, d] may hold anything.
+template <bool Fetch, typename T>
+AREAL_INLINE void attend_group(const float* q, const T* k, const T* v, int64_t group, int64_t n, int64_t d, float softcap, float* sums,
+                               float* scores, int64_t stride, float* out) {
+  for (int64_t j = 0; j < n; j += kKeyBlock) {
+    const int64_t keys = n - j < kKeyBlock ? n - j : kKeyBlock;
+#define AREAL_SCORE(heads, h) score_block<heads, Fetch>(q + h * d, k + j * d, keys, d, scores + h * stride + j, stride)
+    AREAL_HEAD_RUNS(group, AREAL_SCORE);
+  }
+  for (int64_t h = 0; h < group; ++h) sums[h] = exponentiate(scores + h * stride, n, softcap);
+  for (int64_t i = 0; i < group * d; ++i) out[i] = 0;
+  for (int64_t j = 0; j < n; j += kValueBlock) {
+    const int64_t keys = n - j < kValueBlock ? n - j : kValueBlock;
+#define AREAL_ADD(heads, h) add_columns<heads, 8 / heads, Fetch>(scores + h * stride + j, stride, v + j * d, keys, d, 0, out + h * d)
+    AREAL_HEAD_RUNS(group, AREAL_ADD);
+  }
+  for (int64_t h = 0; h < group; ++h) {
+    const float norm = 1.0f / sums[h];
+    for (int64_t c = 0; c < d; ++c) out[h * d + c] *= norm;
   }
 }
 
-void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, float* scores) {
+template <bool Fetch, typename T>
+AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
   const int64_t group = call.heads / call.kv_heads, d = call.d;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t position = call.positions[row];
-    const int64_t first = call.window > 0 && position >= call.window ? position - call.window + 1 : 0;
+  const float scaling = call.softcap > 0 ? call.scaling / call.softcap : call.scaling;
+  float* const queries = scratch;
+  float* const sums = queries + group * d;
+  float* const scores = sums + group;
+  int64_t row = begin / call.kv_heads, kv_head = begin % call.kv_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t length = call.lengths[row];
+    float* const out = call.out + (row * call.heads + kv_head * group) * d;
+    const int64_t first = call.window > 0 && length > call.window ? length - call.window : 0;
     const int64_t slot = call.slots == nullptr ? row : call.slots[row];
-    for (int64_t head = 0; head < call.heads; ++head) {
-      const int64_t start = ((slot * call.kv_heads + head / group) * call.capacity + first) * d;
-      attend_head(call.q + row * call.q_stride + head * d, call.k_cache + start, call.v_cache + start, position + 1 - first, d,
-                  call.scaling, scores, call.out + (row * call.heads + head) * d);
+    const int64_t start = ((slot * call.kv_heads + kv_head) * call.capacity + first) * d;
+    for (int64_t h = 0; h < group; ++h)
+      for (int64_t c = 0; c < d; ++c)
+        queries[h * d + c] = call.q[row * call.q_strides[0] + (kv_head * group + h) * call.q_strides[1] + c] * scaling;
+    if (length == 0)
+      for (int64_t i = 0; i < group * d; ++i) out[i] = 0;
+    else
+      attend_group<Fetch>(queries, static_cast<const T*>(call.k_cache) + start, static_cast<const T*>(call.v_cache) + start, group,
+                          length - first, d, call.softcap, sums, scores, stride, out);
+    if (++kv_head == call.kv_heads) {
+      kv_head = 0;
+      ++row;
     }
   }
 }
+
+template <typename T>
+AREAL_INLINE void attend_rows_of(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
+  if (call.d * static_cast<int64_t>(sizeof(T)) > kTrackedRow)
+    attend_items<true, T>(call, begin, end, scratch, stride);
+  else
+    attend_items<false, T>(call, begin, end, scratch, stride);
+}
+
+// Items (row, K/V head) from begin to end. scratch has heads / kv_heads * (d + 1 + stride) floats; stride is the largest number of
+// positions that a row sees, rounded up to whole vectors.
+void decode_items(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
+  if (call.bf16)
+    attend_rows_of<BFloat16>(call, begin, end, scratch, stride);
+  else
+    attend_rows_of<float>(call, begin, end, scratch, stride);
+}
+
+#undef AREAL_HEAD_RUNS
+#undef AREAL_SCORE
+#undef AREAL_ADD

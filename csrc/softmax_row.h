@@ -14,13 +14,6 @@ struct RowStatistics {
 constexpr int64_t kRowBlock = 2048;  // elements: a block stays in L1 from the pass for its maximum to the pass for its sums
 constexpr int kChains = 4;           // independent chains of additions, which would wait on their own results
 
-AREAL_INLINE float load1(const float* p) { return *p; }
-AREAL_INLINE float load1(const BFloat16* p) {
-  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 AREAL_INLINE void store1(float* p, float x) { *p = x; }
 AREAL_INLINE void store1(BFloat16* p, float x) {
   BFloat16 all[kWidth];
@@ -34,12 +27,6 @@ AREAL_INLINE Float8 load_tail(const E* p, int64_t count) {
   float all[kWidth];
   for (int64_t i = 0; i < kWidth; ++i) all[i] = i < count ? load1(p + i) : -__builtin_inff();
   return load8(all);
-}
-
-AREAL_INLINE float largest8(const Float8& x) {
-  float largest = x[0];
-  for (int i = 1; i < kWidth; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
 }
 
 // exp(x) for x <= 0 (or NaN, which stays), 0 below -87; there x becomes -87, so that exp(x) * x is 0 at -inf too.

@@ -4,8 +4,10 @@
 #define AREAL_INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define AREAL_SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#define AREAL_SHUFFLE2(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
 #define AREAL_SHUFFLE(x, ...) __builtin_shuffle(x, Int8{__VA_ARGS__})
+#define AREAL_SHUFFLE2(x, y, ...) __builtin_shuffle(x, y, Int8{__VA_ARGS__})
 #pragma GCC diagnostic ignored "-Wpsabi"  // everything that passes vectors is inlined
 #endif
 #pragma GCC diagnostic ignored "-Wunused-function"  // no loop uses all of these
@@ -30,6 +32,24 @@ AREAL_INLINE float sum8(const Float8& value) {
   x += AREAL_SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3);
   x += AREAL_SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5);
   return x[0] + x[1];
+}
+
+AREAL_INLINE float largest8(const Float8& value) {
+  Float8 x = max8(value, AREAL_SHUFFLE(value, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = max8(x, AREAL_SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return x[0] > x[1] ? x[0] : x[1];
+}
+
+// Lane i is the sum of x[i]'s lanes: seven additions instead of 24.
+AREAL_INLINE Float8 sum_each8(const Float8* x) {
+  Float8 four[4], two[2];
+  for (int i = 0; i < 4; ++i)
+    four[i] = AREAL_SHUFFLE2(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + AREAL_SHUFFLE2(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  for (int i = 0; i < 2; ++i) {
+    const Float8 a = four[2 * i], b = four[2 * i + 1];
+    two[i] = AREAL_SHUFFLE2(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + AREAL_SHUFFLE2(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return AREAL_SHUFFLE2(two[0], two[1], 0, 2, 8, 10, 4, 6, 12, 14) + AREAL_SHUFFLE2(two[0], two[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 // 2^n * exp(x - n * ln(2)), whose second factor is a Taylor series on |r| <= ln(2) / 2.
@@ -61,4 +81,18 @@ AREAL_INLINE Float8 exp8(const Float8& value) {
 AREAL_INLINE Float8 exp8_either_sign(const Float8& x) {
   const Float8 scaled = x * 1.44269504f;
   return exp8_around(x, __builtin_convertvector(scaled + (scaled < 0.0f ? Float8{} - 0.5f : Float8{} + 0.5f), Int8));
+}
+
+// tanh(x), to 4 units in the last place.
+AREAL_INLINE Float8 tanh8(const Float8& x) {
+  const Float8 size = x < 0.0f ? -x : x;
+  const Float8 e = exp8(size * -2.0f);
+  const Float8 large = (1.0f - e) / (1.0f + e);
+  // Near 0 that difference would lose its digits.
+  const Float8 square = size * size;
+  Float8 series = square * (62.0f / 2835) - 17.0f / 315;
+  series = series * square + 2.0f / 15;
+  series = series * square - 1.0f / 3;
+  const Float8 y = size < 0.25f ? size + size * square * series : large;
+  return x < 0.0f ? -y : y;
 }

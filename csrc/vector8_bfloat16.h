@@ -21,3 +21,11 @@ AREAL_INLINE void store8(BFloat16* p, const Float8& x) {
   const Short8 halves = __builtin_convertvector(is_number ? rounded : (bits >> 16 | 0x40), Short8);
   __builtin_memcpy(p, &halves, sizeof(halves));
 }
+
+AREAL_INLINE float load1(const float* p) { return *p; }
+AREAL_INLINE float load1(const BFloat16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import EOS, MODELS, build, eager_logprobs, requests, worst_error
+from op_backends import backends
 
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.kv_cache import DecodeContext
@@ -204,3 +205,14 @@ def test_without_the_compiled_op(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not engine._cache.compiled
         mixed = requests(12, group=2) + requests(4, seed=1, prompt=(100, 140), answer=(60, 100))
         assert worst_error(build(name), engine.generate(mixed)) < 1e-5
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton"))
+@pytest.mark.parametrize("name", ["qwen2-window", "gemma2"])
+def test_with_the_kernels_of_a_gpu(on_backend: tuple[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = on_backend
+    monkeypatch.setenv("AREAL_OPS", f"decode_attention={backend}")
+    engine = EmbeddedEngine(build(name).to(device), max_running_requests=4, device=device)
+    assert engine._cache.compiled
+    answers = engine.generate(requests(5, prompt=(1, 12), answer=(1, 12)))
+    assert worst_error(build(name), answers) < (1e-5 if device == "cpu" else 1e-4)

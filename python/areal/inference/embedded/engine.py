@@ -288,7 +288,7 @@ class EmbeddedEngine:
             prompt_slots, prompt_positions = slots_and_positions([slot for slot, _ in prompts], [len(tokens) for _, tokens in prompts])
             ids = torch.cat([ids, torch.tensor([token for _, tokens in prompts for token in tokens])])
             positions = torch.cat([positions, prompt_positions])
-            slots = torch.cat([torch.arange(n), prompt_slots])
+            slots = torch.cat([torch.arange(n), prompt_slots]).to(self.device)
             self.prefill_tokens += len(prompt_slots)
         self._cache.reserve(max(*lengths, *(len(tokens) for _, tokens in prompts), 1))
         positions = positions.to(self.device)

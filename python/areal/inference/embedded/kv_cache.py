@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from areal.models.attention import AttentionSpec, PackedContext
 from areal.models.loading import forward_hidden
-from areal.ops.decode_attention import cpp_can, decode_attention
+from areal.ops.decode_attention import decode_attention, runs_compiled
 
 SHORT_PROMPT = 128
-"""Tokens: up to this length the compiled attention beats a packed prefill."""
+"""Tokens: up to this length the compiled attention beats a packed prefill on the CPU."""
 _CAPACITY_QUANTUM = 64
 _SPAN_QUANTUM = 16
 """Decode attention covers a multiple of this many positions."""
@@ -39,7 +39,7 @@ class _ShapeProbe:
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         self.shapes[layer_idx] = (k.shape[1], k.shape[2]), (v.shape[1], v.shape[2])
-        self.plain &= spec.softcap is None and spec.sinks is None and q.shape[2] == k.shape[2] == v.shape[2]
+        self.plain &= spec.sinks is None and q.shape[2] == k.shape[2] == v.shape[2]
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
@@ -54,7 +54,7 @@ class KVCache:
         self._shapes = probe.shapes
         self.device = parameter.device
         self._options = {"dtype": parameter.dtype, "device": parameter.device}
-        self.compiled = probe.plain and cpp_can(parameter)
+        self.compiled = probe.plain and all(runs_compiled(parameter.new_empty(0, k_shape[1])) for k_shape, _ in probe.shapes.values())
         """Whether attention over the slots runs compiled."""
         self.n_slots = n_slots
         self.max_context = max_context
@@ -99,18 +99,27 @@ class PrefillContext:
     def __init__(self, cache: KVCache, slots: list[int], lengths: list[int]) -> None:
         self._cache = cache
         self._packed = PackedContext(lengths)
-        # The compiled op goes token by token: no match for matrix products on long prompts.
-        self._compiled = cache.compiled and max(lengths) <= SHORT_PROMPT
+        # The compiled op goes token by token: no match for matrix products on long prompts, nor for a GPU's.
+        self._compiled = cache.compiled and cache.device.type == "cpu" and max(lengths) <= SHORT_PROMPT
         self._slots, self.positions = (x.to(cache.device) for x in slots_and_positions(slots, lengths))
+        self._lengths = self.positions + 1
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         k_cache, v_cache = self._cache.k[layer_idx], self._cache.v[layer_idx]
         if self._compiled:
-            window = spec.sliding_window
-            return decode_attention(q, k, v, k_cache, v_cache, self.positions, self._slots, scaling=spec.scaling, window=window)
+            return store_and_attend(q, k, v, k_cache, v_cache, self._slots, self._lengths, spec)
         k_cache[self._slots, :, self.positions] = k
         v_cache[self._slots, :, self.positions] = v
         return self._packed.attend(layer_idx, q, k, v, spec)
+
+
+def store_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor | None, lengths: Tensor, spec: AttentionSpec
+) -> Tensor:
+    """``ops.decode_attention`` as a layer asks for it: k and v are stored first."""
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    window, softcap = spec.sliding_window, spec.softcap
+    return decode_attention(q, k_cache, v_cache, slots, lengths, scaling=spec.scaling, window=window, softcap=softcap, new_k=k, new_v=v)
 
 
 def slots_and_positions(slots: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -125,9 +134,9 @@ def slots_and_positions(slots: list[int], lengths: list[int]) -> tuple[Tensor, T
 class DecodeContext:
     """Attention of one new token per row over the rows' slots, which it stores first.
 
-    Compiled where ``ops.decode_attention`` is (CPU, float32). Else by dense products over all rows; rows whose lengths differ widely
-    are then split into length buckets, since a row costs as much as the longest of its bucket. In deterministic mode a row's bucket
-    follows from its own length alone, so its result does not depend on the other rows.
+    Compiled where ``ops.decode_attention`` is (on a GPU; on the CPU in float32 and bfloat16). Else by dense products over all rows; rows
+    whose lengths differ widely are then split into length buckets, since a row costs as much as the longest of its bucket. In
+    deterministic mode a row's bucket follows from its own length alone, so its result does not depend on the other rows.
     """
 
     def __init__(
@@ -137,11 +146,12 @@ class DecodeContext:
         Args:
             positions: int64 [R] on the cache's device, where each row's new token goes.
             lengths: the same of rows that are slots, plus 1, on the host; only read where not compiled.
-            slots: int64 [R], each row's slot; None = row r is slot r. Compiled only: rows may then share a slot, as a prompt's tokens do.
+            slots: int64 [R] on that device, each row's slot; None = row r is slot r. Compiled only: rows may then share a slot, as a prompt's tokens do.
         """
         assert slots is None or cache.compiled
         self._cache = cache
         self._positions = positions
+        self._seen = positions + 1
         self._slots = slots
         self._lengths = lengths
         self._deterministic = deterministic
@@ -161,8 +171,7 @@ class DecodeContext:
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         k_cache, v_cache = self._cache.k[layer_idx], self._cache.v[layer_idx]
         if self._cache.compiled:
-            window = spec.sliding_window
-            return decode_attention(q, k, v, k_cache, v_cache, self._positions, self._slots, scaling=spec.scaling, window=window)
+            return store_and_attend(q, k, v, k_cache, v_cache, self._slots, self._seen, spec)
         k_cache[self._rows, :, self._positions] = k
         v_cache[self._rows, :, self._positions] = v
         n = q.shape[0]
