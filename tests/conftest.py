@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -58,11 +59,18 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return _GpuOnlyModule.from_parent(parent, path=module_path)
 
 
-@pytest.fixture(scope="session")
-def cuda_on_host_module() -> ModuleType:
-    """``areal._C`` with the CUDA kernels compiled as C++ (tests/cuda_on_host), built once and kept up to date in build/."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Here, because it takes a minute, which would count against the time limit of the first test that wants it.
+    wanted = any("cuda_on_host" in getattr(item, "fixturenames", ()) or "[cuda" in item.nodeid for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        _build_cuda_on_host()
+
+
+@functools.cache
+def _build_cuda_on_host() -> Path | str:
+    """The library, or the reason why there is none."""
     if importlib.util.find_spec("pybind11") is None or shutil.which("cmake", path=_search_path()) is None:
-        pytest.skip("needs pybind11 and cmake")
+        return "needs pybind11 and cmake"
     folder = ROOT / "build" / f"cuda_on_host-{sys.version_info.major}.{sys.version_info.minor}"
     environment = {**os.environ, "PATH": _search_path()}
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=_search_path()) else []
@@ -82,8 +90,19 @@ def cuda_on_host_module() -> ModuleType:
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", "-DSKBUILD_PROJECT_VERSION=0"]
     for argv in configure, ["cmake", "--build", str(folder)]:
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, f"{argv}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+        if done.returncode != 0:
+            return f"FAILED {argv}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     (library,) = folder.glob("_C*.so")
+    return library
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host_module() -> ModuleType:
+    """``areal._C`` with the CUDA kernels compiled as C++ (tests/cuda_on_host), built once and kept up to date in build/."""
+    library = _build_cuda_on_host()
+    if isinstance(library, str):
+        assert not library.startswith("FAILED"), library
+        pytest.skip(library)
     spec = importlib.util.spec_from_file_location("cuda_on_host._C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
