@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, module) {
              "What this module was built with, and the instruction sets of this CPU that it can use, best first.");
   areal::bind_decode_attention(module);
   areal::bind_plan_microbatches(module);
+  areal::bind_ppo_loss(module);
   areal::bind_weights_hash(module);
 }

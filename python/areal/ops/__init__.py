@@ -6,11 +6,13 @@ Needs torch and numpy, nothing else of the package.
 from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
 from areal.ops.plan_microbatches import plan_microbatches
+from areal.ops.ppo_loss import ppo_loss
 from areal.ops.weights_hash import weights_hash
 
 __all__ = [
     "BackendUnavailable",
     "decode_attention",
     "plan_microbatches",
+    "ppo_loss",
     "weights_hash",
 ]
