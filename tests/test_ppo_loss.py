@@ -116,7 +116,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize(("backend", "device"), ALL)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
     n=st.one_of(st.integers(0, 40), st.sampled_from([255, 1023, 1024, 1025, 2500])),
@@ -150,7 +150,7 @@ def test_fuzz(backend, device, on_backend, seed, n, n_sequences, spread, share, 
 
 @pytest.mark.parametrize(("backend", "device"), ALL)
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("n", [65_536, 70_001])
+@pytest.mark.parametrize("n", [70_001])
 def test_many_tokens(level, n, backend, device, on_backend):
     x, cuts = make_inputs(7, n), make_cuts(8, n, 40)
     options = {"eps_clip": 0.2, "c_clip": 3.0, "behav_imp_weight_cap": 2.0, "denominator": 5e4, "ratio_level": level, "cu_seqlens": cuts}
