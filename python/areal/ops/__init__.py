@@ -5,14 +5,21 @@ Needs torch and numpy, nothing else of the package.
 
 from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
+from areal.ops.logprob_entropy import logprob_entropy
+from areal.ops.pack import Packed, pack, unpack, unpack_ragged
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.ppo_loss import ppo_loss
 from areal.ops.weights_hash import weights_hash
 
 __all__ = [
     "BackendUnavailable",
+    "Packed",
     "decode_attention",
+    "logprob_entropy",
+    "pack",
     "plan_microbatches",
     "ppo_loss",
+    "unpack",
+    "unpack_ragged",
     "weights_hash",
 ]
