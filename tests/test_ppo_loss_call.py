@@ -131,15 +131,14 @@ def test_no_second_derivative():
     x = floats()
     logprobs = x["logprobs"].requires_grad_()
     (gradient,) = torch.autograd.grad(ppo_loss(**x, eps_clip=0.2, denominator=5.0)[0], logprobs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("torch", "cpp", "triton", "cuda"))
+# torch.compile looks at what is built, not at the tests' module: CUDA kernels only on a GPU.
+@pytest.mark.parametrize(("backend", "device"), backends("torch", "cpp", "triton") + backends("cuda")[1:])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_compiles_without_graph_break(level, backend, device, on_backend):
-    if backend == "cuda" and device == "cpu":
-        pytest.skip("torch.compile looks at what is built, not at the tests' module")
     x = {k: v.to(device) for k, v in floats().items()}
     options = {"eps_clip": 0.2, "denominator": 5.0, "ratio_level": level, "entropy_coef": 0.1, "backend": backend}
     options["cu_seqlens"] = torch.tensor([0, 20, 50], dtype=torch.int32, device=device)
