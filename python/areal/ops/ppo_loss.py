@@ -68,6 +68,8 @@ _SEQUENCE_RATIO, _SEQUENCE_WEIGHT, _SEQUENCE_FILTER, _SEQUENCE_MEAN = 8, 16, 32,
 _OF_SEQUENCES = _SEQUENCE_RATIO | _SEQUENCE_WEIGHT | _SEQUENCE_FILTER | _SEQUENCE_MEAN
 _WANTS_GRADIENT, _WANTS_ENTROPY_GRADIENT = 128, 256
 
+_N_STATISTICS = len(STATISTICS)
+_SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 _FLOAT = (torch.float32,)
 _DOUBLE = (torch.float64,)
 _BACKENDS = ("torch", "cpp", "triton", "cuda")
@@ -165,7 +167,7 @@ def ppo_loss(
     else:
         loss, sums, gradients = _implementation(*tensors, divisor, plan.numbers, scale, flags, which)
     if flags & (_WANTS_GRADIENT | _WANTS_ENTROPY_GRADIENT):
-        loss = _WithGradients.apply(logprobs, entropy, (loss.clone() if tracing else loss, gradients), flags)
+        loss = _WithGradients.apply(logprobs, entropy, (loss.clone() if tracing else loss, gradients, flags))
     names = STATISTICS[:-1] if entropy is None else STATISTICS
     if tracing:
         return loss, dict(zip(names, sums.unbind(), strict=False))
@@ -262,9 +264,8 @@ class _WithGradients(torch.autograd.Function):
     """The loss, given its gradients [T or 2 T]."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, results: tuple[Tensor, Tensor], flags: int) -> Tensor:
-        loss, gradients = results
-        ctx.flags = flags
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, results: tuple[Tensor, Tensor, int]) -> Tensor:
+        loss, gradients, ctx.flags = results
         ctx.save_for_backward(gradients)
         return loss
 
@@ -274,11 +275,11 @@ class _WithGradients(torch.autograd.Function):
         (gradients,) = ctx.saved_tensors
         scaled = gradients * grad_loss
         if not ctx.flags & _WANTS_ENTROPY_GRADIENT:
-            return scaled, None, None, None
+            return scaled, None, None
         if not ctx.flags & _WANTS_GRADIENT:
-            return None, scaled, None, None
+            return None, scaled, None
         n_tokens = scaled.shape[0] // 2
-        return scaled[:n_tokens], scaled[n_tokens:], None, None
+        return scaled[:n_tokens], scaled[n_tokens:], None
 
 
 def _implementation(
@@ -295,7 +296,7 @@ def _implementation(
     flags: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, sums, gradients = results = _results(logprobs, flags)
+    loss, sums, gradients = results = _results(logprobs, flags, True)
     if denominator is not None and backend == "cpp":
         scale /= float(denominator)
     n_tokens = logprobs.shape[0]
@@ -347,14 +348,15 @@ def _workspace(device: torch.device, stream: int, n: int) -> Tensor:
     return _workspaces[key]
 
 
-def _results(logprobs: Tensor, flags: int) -> tuple[Tensor, Tensor, Tensor]:
+def _results(logprobs: Tensor, flags: int, real: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty: the loss [], the sums [13], the wanted gradients one after the other [0, T or 2 T]."""
     n = bool(flags & _WANTS_GRADIENT) + bool(flags & _WANTS_ENTROPY_GRADIENT)
-    return logprobs.new_empty(()), logprobs.new_empty(len(STATISTICS)), logprobs.new_empty(n * logprobs.shape[0])
+    loss = torch.empty_like(_SCALAR) if logprobs.is_cpu and real else logprobs.new_empty(())  # the former is quicker
+    return loss, logprobs.new_empty(_N_STATISTICS), logprobs.new_empty(n * logprobs.shape[0])
 
 
 def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(logprobs, rest[-2])
+    return _results(logprobs, rest[-2], False)
 
 
 _op = define_op(
