@@ -96,3 +96,6 @@ AREAL_INLINE Float8 tanh8(const Float8& x) {
   const Float8 y = size < 0.25f ? size + size * square * series : large;
   return x < 0.0f ? -y : y;
 }
+
+// For templates that take float too: exp(x) for x in [-87, 88].
+AREAL_INLINE Float8 exp_within(const Float8& x) { return exp8_either_sign(x); }

@@ -11,6 +11,7 @@ from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.normalize_advantages import normalize_advantages
 from areal.ops.pack import Packed, pack, unpack, unpack_ragged
 from areal.ops.plan_microbatches import plan_microbatches
+from areal.ops.ppo_loss import ppo_loss
 from areal.ops.weights_hash import weights_hash
 from areal.ops.weights_layout import WeightsLayout
 
@@ -25,6 +26,7 @@ __all__ = [
     "normalize_advantages",
     "pack",
     "plan_microbatches",
+    "ppo_loss",
     "unflatten_weights",
     "unpack",
     "unpack_ragged",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from areal.algo.loss import ppo_loss, sft_loss
+from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, OptimizerConfig
 from areal.models.loading import decoder_layers, load_model, meta_template
 from areal.models.prefix import SharedTokens, find_shared_prompts
+from areal.ops import ppo_loss
 from areal.trainer.optimizer import PolicyOptimizer
 from areal.trainer.sharding import add_packed_logprobs, full_tensor, shard_model
 from areal.trainer.step_stats import StepStats
@@ -121,7 +122,7 @@ class TrainEngine:
 
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
         are those of its training forward; only the others are computed beforehand. Returns statistics over all ranks: loss, n_tokens,
-        clip_fraction, dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy,
+        clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy,
         kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine against
         trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in seconds
         since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
@@ -190,10 +191,10 @@ class TrainEngine:
             behav_imp_weight_cap=config.behav_imp_weight_cap,
             behav_filter_cap=config.behav_filter_cap,
             decoupled=config.use_decoupled_loss,
+            entropy=entropy,
         )
         loss.backward()
         stats.add(sums)
-        stats.add({"entropy": entropy.sum()})
 
     def _forward(self, x: _Inputs, temperature: float) -> tuple[Tensor, Tensor]:
         return self.model.packed_logprobs(
