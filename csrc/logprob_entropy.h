@@ -1,0 +1,32 @@
+// Log-probability of a target and entropy of the softmax of every row of logits (float32 or bfloat16, host).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace areal {
+
+struct LogprobEntropy {
+  const void* logits;      // [rows, n]
+  const int64_t* targets;  // [rows], each in [0, n)
+  int64_t rows, n;
+  bool is_bfloat16;  // or float32
+  float inverse_temperature;
+  float* logprobs;  // [rows]
+  float* entropy;   // [rows]
+  float* max;       // [rows]
+  float* log_sum;   // [rows]
+};
+
+struct LogprobEntropyGradient {
+  LogprobEntropy forward;     // its results are read
+  const float* grad_logprob;  // [rows]
+  const float* grad_entropy;  // [rows]
+  void* out;                  // [rows, n], of the type of the logits; may be the logits
+};
+
+// std::out_of_range for a target that is no column. Results depend on the instruction set, not on the number of threads.
+void logprob_entropy(const LogprobEntropy& call, unsigned threads, const std::string& instruction_set);
+void logprob_entropy_gradient(const LogprobEntropyGradient& call, unsigned threads, const std::string& instruction_set);
+
+}  // namespace areal
