@@ -7,6 +7,7 @@ and then for the next chunk.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,19 +45,15 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, tempera
         )
     check_tensor(op, "weight", weight, (None, width), (hidden.dtype,), hidden.device)
     check_tensor(op, "targets", targets, (tokens,), (torch.int64,), hidden.device)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
-
-
-def row_elements(vocabulary: int, itemsize: int) -> int:
-    """Distance of two rows of logits: whole 16-byte loads, whatever the vocabulary."""
-    step = 16 // itemsize
-    return -(-vocabulary // step) * step
+    if len(weight) == 0:
+        raise ValueError(f"{op}: weight has the shape {list(weight.shape)}; it needs at least one row")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {temperature}; it must be a finite number above 0")
 
 
 def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, memory_budget: int) -> int:
     """Tokens of a chunk: as many as ``memory_budget`` bytes hold, at least a tile of 128, in chunks of nearly equal size."""
-    most = memory_budget // (row_elements(vocabulary, itemsize) * itemsize)
+    most = memory_budget // (max(vocabulary, 1) * itemsize)
     if tokens <= most:
         return max(1, tokens)
     most = max(_TILE, most // _TILE * _TILE)
@@ -64,10 +61,18 @@ def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, memory_budget: int
     return -(-tokens // n_chunks // _TILE) * _TILE
 
 
+def check_targets(op: str, targets: Tensor, vocabulary: int) -> None:
+    """``ValueError`` for a target that is no row of the weight; not on a GPU, where it would have to wait for the device."""
+    if len(targets) and not targets.is_cuda:
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"{op}: targets has values from {low} to {high}; they must lie in [0, {vocabulary})")
+
+
 class LogitChunks:
     """Walks over the tokens: ``for rows, logits in chunks: ...``, logits [n, V] of the tokens ``rows`` (a slice).
 
-    The logits may be overwritten in place; their memory is that of the next chunk. Rows lie ``row_elements`` apart.
+    The logits may be overwritten in place; their memory is that of the next chunk.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, memory_budget: int) -> None:
@@ -82,11 +87,10 @@ class LogitChunks:
         tokens, vocabulary = len(self.hidden), len(self.weight)
         if not tokens:
             return
-        stride = row_elements(vocabulary, self.hidden.element_size())
-        buffer = self.hidden.new_empty(self.size, stride)
+        buffer = self.hidden.new_empty(self.size, vocabulary)
         for begin in range(0, tokens, self.size):
             rows = slice(begin, min(begin + self.size, tokens))
-            logits = buffer[: rows.stop - begin, :vocabulary]
+            logits = buffer[: rows.stop - begin]
             torch.mm(self.hidden[rows], self.weight.t(), out=logits)
             yield rows, logits
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from areal.ops import _linear_rows
-from areal.ops._linear_chunks import HeadGradients, LogitChunks, check_head, memory_budget_for
+from areal.ops._linear_chunks import HeadGradients, LogitChunks, check_head, check_targets, memory_budget_for
 from areal.ops._registration import define_op
 
-Backend = Literal["torch", "cpp", "triton"]
+Backend = Literal["torch", "cpp", "triton", "cuda"]
 _OP = "linear_logprob_entropy"
 
 
@@ -44,8 +44,7 @@ def linear_logprob_entropy(
         temperature: > 0. A head that multiplies its logits by s is one of temperature / s.
         memory_budget: bytes for the chunk of logits, at least 128 tokens' worth; None = 1.25 GiB on a GPU (4096 tokens of a vocabulary of
             150k in bfloat16), 64 MiB on a CPU. Results do not depend on it beyond rounding.
-        backend: what computes between the products: torch, cpp (float32 and bfloat16 on a CPU) or triton (16 and 32 bits on a GPU); None =
-            the best one here.
+        backend: what computes between the products, as in ``logprob_entropy``; None = the fastest that can run.
 
     Returns:
         logprobs, entropy: [T] each, float32 (float64 for float64 inputs).
@@ -63,14 +62,17 @@ def linear_logprob_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, budget: int, backend: str) -> tuple[Tensor, ...]:
-    logprobs, entropy, log_sum = _like_rows(hidden, 3)
+    check_targets(_OP, targets, len(weight))
+    logprobs, entropy, statistics = _forward_fake(hidden, weight, targets, temperature, budget, backend)
     for rows, logits in LogitChunks(hidden, weight, budget):
-        _linear_rows.score(backend, logits, targets[rows], temperature, logprobs[rows], entropy[rows], log_sum[rows])
-    return logprobs, entropy, log_sum
+        logprobs[rows], entropy[rows], statistics[:, rows] = _linear_rows.score(backend, logits, targets[rows], temperature)
+    return logprobs, entropy, statistics
 
 
 def _forward_fake(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, budget: int, backend: str) -> tuple[Tensor, ...]:
-    return tuple(_like_rows(hidden, 3))
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tokens = hidden.shape[0]
+    return hidden.new_empty(tokens, dtype=dtype), hidden.new_empty(tokens, dtype=dtype), hidden.new_empty((2, tokens), dtype=dtype)
 
 
 _forward_op = define_op(
@@ -93,14 +95,14 @@ def _backward(
     needs_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    entropy, log_sum = scores
+    entropy, statistics = scores
     g_logprobs, g_entropy = grads
     chunks = LogitChunks(hidden, weight, budget)
     gradients = HeadGradients(chunks, needs_hidden=needs_hidden, needs_weight=needs_weight)
     logits = None
     for rows, logits in chunks:
         _linear_rows.differentiate_(
-            backend, logits, targets[rows], temperature, entropy[rows], log_sum[rows], g_logprobs[rows], g_entropy[rows]
+            backend, logits, targets[rows], temperature, entropy[rows], statistics[:, rows], g_logprobs[rows], g_entropy[rows]
         )
         gradients.add(rows, logits)
     del logits  # its memory is that of all chunks
@@ -138,24 +140,18 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, budget: int, backend: str
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, log_sum = _forward_op(hidden, weight, targets, temperature, budget, backend)
-        ctx.save_for_backward(hidden, weight, targets, entropy, log_sum)
+        logprobs, entropy, statistics = _forward_op(hidden, weight, targets, temperature, budget, backend)
+        ctx.save_for_backward(hidden, weight, targets, entropy, statistics)
         ctx.options = temperature, budget, backend
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, g_logprobs: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, entropy, log_sum = ctx.saved_tensors
+        hidden, weight, targets, entropy, statistics = ctx.saved_tensors
         temperature, budget, backend = ctx.options
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grads = [g_logprobs.contiguous(), g_entropy.contiguous()]
         d_hidden, d_weight = _backward_op(
-            hidden, weight, targets, [entropy, log_sum], grads, temperature, budget, needs_hidden, needs_weight, backend
+            hidden, weight, targets, [entropy, statistics], grads, temperature, budget, needs_hidden, needs_weight, backend
         )
         return d_hidden if needs_hidden else None, d_weight if needs_weight else None, None, None, None, None
-
-
-def _like_rows(hidden: Tensor, n: int) -> list[Tensor]:
-    """n tensors [T] of the dtype in which scores are computed."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return [hidden.new_empty(len(hidden), dtype=dtype) for _ in range(n)]
