@@ -38,8 +38,8 @@ void logprob_entropy(const LogprobEntropy& call, unsigned threads, const std::st
   LogprobRows* const logprob_rows = select_logprob_rows(instruction_set);
   for (int64_t r = 0; r < call.rows; ++r)
     if (call.targets[r] < 0 || call.targets[r] >= call.n)
-      throw std::out_of_range("targets[" + std::to_string(r) + "] is " + std::to_string(call.targets[r]) + "; it must lie in [0, " +
-                              std::to_string(call.n) + ")");
+      throw std::invalid_argument("logprob_entropy: targets[" + std::to_string(r) + "] is " + std::to_string(call.targets[r]) +
+                                  "; it must lie in [0, " + std::to_string(call.n) + ")");
   over_rows(logprob_rows, call, call.rows, call.n, threads);
 }
 

@@ -10,7 +10,7 @@ struct LogprobEntropy {
   const void* logits;      // [rows, n]
   const int64_t* targets;  // [rows], each in [0, n)
   int64_t rows, n;
-  bool is_bfloat16;  // or float32
+  int element;  // of the logits: 0 float32, 1 bfloat16, 2 float16 (CUDA only)
   float inverse_temperature;
   float* logprobs;  // [rows]
   float* entropy;   // [rows]
@@ -25,7 +25,7 @@ struct LogprobEntropyGradient {
   void* out;                  // [rows, n], of the type of the logits; may be the logits
 };
 
-// std::out_of_range for a target that is no column. Results depend on the instruction set, not on the number of threads.
+// std::invalid_argument for a target that is no column. Results depend on the instruction set, not on the number of threads.
 void logprob_entropy(const LogprobEntropy& call, unsigned threads, const std::string& instruction_set);
 void logprob_entropy_gradient(const LogprobEntropyGradient& call, unsigned threads, const std::string& instruction_set);
 

@@ -29,9 +29,9 @@ AREAL_INLINE void rows_gradient(const LogprobEntropyGradient& call, int64_t begi
 }
 
 void logprob_rows(const LogprobEntropy& call, int64_t begin, int64_t end) {
-  call.is_bfloat16 ? rows_forward<BFloat16>(call, begin, end) : rows_forward<float>(call, begin, end);
+  call.element == 1 ? rows_forward<BFloat16>(call, begin, end) : rows_forward<float>(call, begin, end);
 }
 
 void gradient_rows(const LogprobEntropyGradient& call, int64_t begin, int64_t end) {
-  call.forward.is_bfloat16 ? rows_gradient<BFloat16>(call, begin, end) : rows_gradient<float>(call, begin, end);
+  call.forward.element == 1 ? rows_gradient<BFloat16>(call, begin, end) : rows_gradient<float>(call, begin, end);
 }

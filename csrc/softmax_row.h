@@ -90,8 +90,9 @@ AREAL_INLINE RowStatistics row_statistics(const E* z, int64_t n, float inverse_t
     const int64_t size = n - begin < kRowBlock ? n - begin : kRowBlock;
     const float largest = block_max(z + begin, size);
     if (largest > max) {
-      const float step = (max - largest) * inverse_temperature;
-      if (sum != 0) {  // so step is finite
+      if (sum != 0) {
+        const double distance = double(max - largest) * inverse_temperature;
+        const double step = distance < -1000 ? -1000 : distance;  // not -inf, as 0 * inf is NaN
         const double scale = __builtin_exp(step);
         weighted = scale * (weighted + sum * step);
         sum *= scale;

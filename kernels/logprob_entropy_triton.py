@@ -19,7 +19,8 @@ def _add_block(z, largest, sums, products, inverse_temperature):
     new = tl.maximum(largest, tl.max(z, 0))
     # In a row that has only -inf so far, differences to it would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
-    step = (tl.where(largest == float("-inf"), base, largest) - base) * inverse_temperature
+    # Not below -1000: 0 * -inf is NaN.
+    step = tl.maximum((largest - base) * inverse_temperature, -1000.0)
     scale = tl.exp(step)
     x = (z - base) * inverse_temperature
     e = tl.exp(x)

@@ -67,8 +67,9 @@ def cuda_on_host_module() -> ModuleType:
 
 
 def _search_path() -> str:
-    """With the tools of this environment, also when it is not activated."""
-    return os.pathsep.join([str(Path(sys.executable).parent), *(str(Path(p).parents[2] / "bin") for p in sys.path if p.endswith("site-packages"))] + [os.environ["PATH"]])  # fmt: skip
+    """PATH with the tools of this environment before it, also when it is not activated."""
+    tools = [Path(sys.executable).parent, *(Path(p).parents[2] / "bin" for p in sys.path if p.endswith("site-packages"))]
+    return os.pathsep.join([*map(str, tools), os.environ["PATH"]])
 
 
 @pytest.fixture

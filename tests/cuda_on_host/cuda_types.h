@@ -43,6 +43,15 @@ inline float __half2float(__half value) { return static_cast<float>(value); }
 inline __half __float2half(float value) { return static_cast<__half>(value); }
 inline __half __float2half_rn(float value) { return static_cast<__half>(value); }
 
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
