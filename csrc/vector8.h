@@ -62,3 +62,6 @@ AREAL_INLINE Float8 exp8_either_sign(const Float8& x) {
   const Float8 scaled = x * 1.44269504f;
   return exp8_around(x, __builtin_convertvector(scaled + (scaled < 0.0f ? Float8{} - 0.5f : Float8{} + 0.5f), Int8));
 }
+
+// For templates that take float too: exp(x) for x in [-87, 88].
+AREAL_INLINE Float8 exp_within(const Float8& x) { return exp8_either_sign(x); }
