@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info,
              "What this module was built with, and the instruction sets of this CPU that it can use, best first.");
   areal::bind_decode_attention(module);
+  areal::bind_linear_ppo_loss(module);
   areal::bind_logprob_entropy(module);
   areal::bind_plan_microbatches(module);
   areal::bind_weights_hash(module);

@@ -7,19 +7,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from areal.ops import logprob_entropy as _rows
 from areal.ops._dispatch import backend_for
+from areal.ops.logprob_entropy import _UNFIT, _backward_into, _forward
 
 
 def choose(op: str, hidden: Tensor, backend: str | None, has: tuple[str, ...] = ("torch", "cpp", "triton", "cuda")) -> str:
     """The backend for logits like ``hidden``."""
-    return backend_for(op, hidden.device, backend, has=has, unfit=_rows._UNFIT.get(hidden.dtype, ()))
+    unfit = tuple((name, why) for name, why in _UNFIT.get(hidden.dtype, ()) if name in has)
+    return backend_for(op, hidden.device, backend, has=has, unfit=unfit)
 
 
 def score(backend: str, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs [n], entropy [n] and, for ``differentiate_``, the largest logit of each row and the log of its sum of exp, [2, n]."""
     if backend != "torch":
-        return _rows._forward(logits, targets, temperature, backend)
+        return _forward(logits, targets, temperature, backend)
     z = _wide(logits)
     largest = z.amax(-1)
     # A row of -inf alone gives NaN, as in the other backends.
@@ -42,7 +43,7 @@ def differentiate_(
 ) -> None:
     """Overwrites logits [n, V] by (g_logprobs (onehot - p) - g_entropy p (log p + entropy)) / temperature."""
     if backend != "torch":
-        _rows._backward_into(logits, logits, targets, entropy, statistics, g_logprobs, g_entropy, temperature, backend)
+        _backward_into(logits, logits, targets, entropy, statistics, g_logprobs, g_entropy, temperature, backend)
         return
     largest, log_sum = statistics
     log_p = _finite((_wide(logits) - largest.unsqueeze(1)) / temperature - log_sum.unsqueeze(1))
