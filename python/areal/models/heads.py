@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
-from areal.ops import linear_logprob_entropy, logprob_entropy, ppo_loss
+from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
-from areal.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
+from areal.ops.ppo_loss import ppo_loss
 
 # Config keys with which heads scale their logits: Cohere multiplies, Falcon-H1 too, Granite divides.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")

@@ -5,13 +5,18 @@ Needs torch and numpy, nothing else of the package.
 
 from areal.ops._dispatch import BackendUnavailable
 from areal.ops.decode_attention import decode_attention
+from areal.ops.linear_logprob_entropy import linear_logprob_entropy
+from areal.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.plan_microbatches import plan_microbatches
 from areal.ops.weights_hash import weights_hash
 
 __all__ = [
     "BackendUnavailable",
+    "LinearPPOLoss",
     "decode_attention",
+    "linear_logprob_entropy",
+    "linear_ppo_loss",
     "logprob_entropy",
     "plan_microbatches",
     "weights_hash",
