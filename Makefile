@@ -1,4 +1,5 @@
 # make demo | test | lint | format | build | bench | clean        everything happens in .venv; nothing else is installed or changed
+# make bench-gpu        builds into a Python that has torch and measures the ops on a GPU: no network, no .venv; BENCH_GPU='--quick'
 #   PYTHON=python3.12     interpreter (>= 3.11) to make .venv with
 #   TORCH_INDEX=URL       package index for torch alone, for instance PyTorch's own of CPU-only builds
 #   AREAL_CUDA=OFF        leave the CUDA kernels out (AUTO, ON, OFF)
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c '
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh tests/cuda_on_host/*.h)
 
-.PHONY: demo test lint format build bench clean venv
+.PHONY: demo test lint format build bench bench-gpu clean venv
 
 demo: $(VENV)/.train
 	$(BIN)/areal train examples/arithmetic.yaml
@@ -41,8 +42,19 @@ format: $(VENV)/.test
 
 build: $(VENV)/.train
 
+# BENCH='--op gae --plot gae.png' for one; without it all ops, their figures kept, then the whole system.
 bench: $(VENV)/.test
+ifdef BENCH
 	$(BIN)/python -m benchmarks $(BENCH)
+else
+	$(BIN)/python -m benchmarks --op all --json benchmarks/results/ops_cpu.json --plot benchmarks/results/ops_cpu.png
+	$(BIN)/python -m benchmarks async_vs_sync engine
+endif
+
+# The Python that is asked for, else the one of .venv if there is one, else python3: whichever has torch for the GPU.
+bench-gpu: GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,python3))
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --cuda $(AREAL_CUDA) $(BENCH_GPU)
 
 venv: $(VENV)/.test
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -29,9 +30,10 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 9
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Best, median and spread (interquartile range) in seconds."""
+    """Best, median, quartiles and spread (interquartile range) in seconds."""
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return {"best": min(seconds), "median": statistics.median(seconds), "spread": quartiles[2] - quartiles[0]}
+    q1, _, q3 = quartiles
+    return {"best": min(seconds), "median": statistics.median(seconds), "q1": q1, "q3": q3, "spread": q3 - q1}
 
 
 def machine() -> dict[str, Any]:
@@ -44,16 +46,26 @@ def machine() -> dict[str, Any]:
         if cpuinfo.exists()
         else []
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
-        "load": os.getloadavg()[0],
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "load": round(os.getloadavg()[0], 2),
     }
+
+
+def _commit() -> str | None:
+    """What git calls this tree, with "-dirty" where it was changed; None outside of a checkout."""
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return found.stdout.strip() or None
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:

@@ -19,12 +19,12 @@ def _add_block(z, largest, sums, products, inverse_temperature):
     new = tl.maximum(largest, tl.max(z, 0))
     # In a row that has only -inf so far, differences to it would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
-    # Not below -1000: 0 * -inf is NaN.
+    # Exponents not below -1000, whose exp is 0 too: 0 * -inf is NaN.
     step = tl.maximum((largest - base) * inverse_temperature, -1000.0)
     scale = tl.exp(step)
     x = (z - base) * inverse_temperature
     e = tl.exp(x)
-    products = scale * (products + sums * step) + tl.where(e == 0.0, 0.0, e * x)
+    products = scale * (products + sums * step) + e * tl.maximum(x, -1000.0)
     return new, scale * sums + e, products
 
 
@@ -58,8 +58,7 @@ def row_logprob(row, n, target, largest, log_sum, inverse_temperature):
 @triton.jit
 def _gradient(z, columns, target, largest, log_sum, constant, slope, at_target, inverse_temperature):
     log_p = (z - largest) * inverse_temperature - log_sum
-    p = tl.exp(log_p)
-    through_p = tl.where(p == 0.0, 0.0, p * (log_p * slope + constant))
+    through_p = tl.exp(log_p) * (tl.maximum(log_p, -1000.0) * slope + constant)
     return through_p + tl.where(columns == target, at_target, 0.0)
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +31,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:  # a bare machine with a GPU: tests then have no time limit
+        config.addinivalue_line("markers", "timeout(seconds): the limit of a test, by pytest-timeout")
+
+
+class _GpuOnlyModule(pytest.Module):
+    """A file of tests in a run of `-m gpu`, skipped with its reason where a package of the trainer or of other tests is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            if not isinstance(cause, ModuleNotFoundError) or (cause.name or "").partition(".")[0] in ("", "areal", "benchmarks", "tests"):
+                raise
+            return pytest.skip(f"{cause.name} is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    # A machine with a GPU may have torch and little else; elsewhere a missing package stays an error.
+    if parent.config.option.markexpr != "gpu":
+        return None
+    return _GpuOnlyModule.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(scope="session")

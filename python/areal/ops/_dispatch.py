@@ -22,6 +22,10 @@ class BackendUnavailable(RuntimeError):
     """A backend was forced that cannot run here."""
 
 
+class UnknownBackend(ValueError):
+    """A backend was forced that the op does not have."""
+
+
 @functools.cache
 def compiled_module() -> ModuleType | None:
     """``areal._C``, or None where the package runs from source, not built. One that is there but does not load raises."""
@@ -91,15 +95,15 @@ def _forced_by_environment(op: str) -> str | None:
 def choose_backend(op: str, candidates: Mapping[str, str | None], backend: str | None = None) -> str:
     """The backend to run ``op`` with.
 
-    ``candidates`` maps the op's backends, best first, to the reason why each cannot run, None where it can. ``ValueError`` for a
-    forced name that the op does not have, ``BackendUnavailable`` for one that cannot run here.
+    ``candidates`` maps the op's backends, best first, to the reason why each cannot run, None where it can. ``UnknownBackend``, a
+    ``ValueError``, for a forced name that the op does not have, ``BackendUnavailable`` for one that cannot run here.
     """
     forced = backend or _forced_by_environment(op)
     if forced is None:
         return next(name for name, missing in candidates.items() if missing is None)
     if forced not in candidates:
         source = "backend" if backend else "AREAL_OPS"
-        raise ValueError(
+        raise UnknownBackend(
             f"{source}='{forced}': {op} has the backends {', '.join(candidates)} (AREAL_OPS={op}=NAME sets it for this op alone)"
         )
     missing = candidates[forced]
@@ -137,9 +141,14 @@ def backend_for(
     """The backend for tensors on ``device``: the first of cuda, triton, torch on a GPU, of cpp, torch elsewhere.
 
     ``has`` names the backends that the op has at all, ``unfit`` those that cannot take these tensors, with the reason. A forced one
-    (``backend``, or ``AREAL_OPS``) that cannot run is ``BackendUnavailable``, an unknown one a ``ValueError``.
+    (``backend``, or ``AREAL_OPS``) that cannot run is ``BackendUnavailable``, an unknown one ``UnknownBackend``.
     """
     return _backend_for(op, device.type, has, unfit, backend or _forced_by_environment(op))
+
+
+# torch.compile calls it while tracing and keeps the answer, as torch.compiler.assume_constant_result would have it do; that function is
+# not called, because it imports all of the compiler.
+backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget_choices() -> None:

@@ -104,10 +104,11 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
 
 def _torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     x = logits if logits.dtype == torch.float64 else logits.float()
-    log_p = torch.log_softmax(x / temperature, dim=-1)
-    p = log_p.exp()
-    # 0 * -inf would be NaN, in the gradient too.
-    entropy = -(p * log_p.masked_fill(p == 0.0, 0.0)).sum(-1)
+    if temperature != 1.0:  # like the kernels, differences before the division: large logits over a temperature would lose digits
+        x = (x - x.detach().amax(-1, keepdim=True)) / temperature
+    log_p = torch.log_softmax(x, dim=-1)
+    # 0 * -inf would be NaN, in the gradient too; exp(-1000) is 0.
+    entropy = -(log_p.exp() * log_p.clamp(min=-1000.0)).sum(-1)
     return log_p.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
 
@@ -213,6 +214,4 @@ _forward_op = define_op(
 _backward_op = define_op(
     f"logprob_entropy_backward(Tensor logits, {_ARGUMENTS}) -> Tensor", _backward, lambda logits, *_: torch.empty_like(logits)
 )
-_backward_inplace_op = define_op(
-    f"logprob_entropy_backward_(Tensor(a!) logits, {_ARGUMENTS}) -> ()", _backward_inplace, lambda *_: None
-)
+_backward_inplace_op = define_op(f"logprob_entropy_backward_(Tensor(a!) logits, {_ARGUMENTS}) -> ()", _backward_inplace, lambda *_: None)
