@@ -23,8 +23,9 @@ from areal.ops._dispatch import compiled_module, triton_kernels
 from areal.ops._linear_chunks import HeadGradients, LogitChunks, check_head, check_targets, memory_budget_for
 from areal.ops._linear_rows import choose, differentiate_, score
 from areal.ops._registration import check_tensor, define_op
-from areal.ops.ppo_loss import loss_weights, ppo_loss
-from areal.ops.ppo_token import PPOParameters, ppo_parameters, ppo_token_gradient
+from areal.ops.ppo_loss import ppo_loss
+from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters, ppo_token_gradient
+from areal.ops.ppo_torch import _sequences
 
 Backend = Literal["torch", "cpp", "triton"]
 _OP = "linear_ppo_loss"
@@ -99,7 +100,7 @@ def linear_ppo_loss(
     )
     budget = memory_budget_for(_OP, hidden.device, memory_budget)
     which = choose(_OP, hidden, backend, has=("torch", "cpp", "triton"))
-    weights = loss_weights(_OP, loss_mask, denominator, normalization, fixed_length, cu_seqlens)
+    weights = _loss_weights(loss_mask, behavior_logprobs.dtype, denominator, normalization, fixed_length, cu_seqlens)
     grads = torch.is_grad_enabled()
     needs_hidden, needs_weight = grads and hidden.requires_grad, grads and weight.requires_grad
     logprobs, entropy, d_hidden, d_weight = _op(
@@ -166,6 +167,25 @@ def _check(
         if tensor is not None or name != "proximal_logprobs":
             check_tensor(_OP, name, tensor, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool,), hidden.device)
+
+
+def _loss_weights(
+    loss_mask: Tensor, dtype: torch.dtype, denominator: float | Tensor, normalization: str, fixed_length: float | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """m_t / denominator, [T]: 0 for tokens without loss."""
+    choice(_OP, "normalization", normalization, "token", "sequence", "fixed")
+    weights = loss_mask.to(dtype)
+    if normalization == "sequence":
+        if cu_seqlens is None:
+            raise ValueError(f"{_OP}: normalization='sequence' needs cu_seqlens")
+        sequences, inside = _sequences(cu_seqlens, loss_mask.shape[0])
+        weights = weights * inside
+        weights = weights / sequences.sums(weights).clamp(min=1.0)
+    if normalization == "fixed":
+        if fixed_length is None or not fixed_length > 0:
+            raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed' needs it, above 0")
+        weights = weights / fixed_length
+    return weights / denominator
 
 
 class _WithGradients(torch.autograd.Function):
