@@ -35,6 +35,22 @@ AREAL_PPO_FUNCTION LogRatio<F> log_ratio(const F& above, const F& below, const M
   return {clamped, exp_within(clamped), !(high | low)};
 }
 
+// What the loss tokens of a sequence share.
+struct PPOSequence {
+  float ratio;         // current / proximal (or behaviour): the geometric mean of its tokens'
+  float weight_ratio;  // proximal / behaviour: the product of its tokens', clamped like a token's
+  float filter_ratio;  // proximal / behaviour: the geometric mean
+  float loss_weight;   // of each of its tokens
+  float mean;          // 1 / n
+};
+
+// From its n loss tokens' sums of log(current / proximal) and log(proximal / behaviour); sequence_mean: it counts 1, not each token.
+AREAL_PPO_FUNCTION PPOSequence ppo_sequence(float n, float log_moved, float log_stale, bool sequence_mean) {
+  const float mean = n > 0.0f ? 1.0f / n : 0.0f;
+  const float product = log_stale > kMaxLogRatio ? kMaxLogRatio : log_stale < -kMaxLogRatio ? -kMaxLogRatio : log_stale;
+  return {exp_within(log_moved * mean), exp_within(product), exp_within(log_stale * mean), sequence_mean ? mean : 1.0f, mean};
+}
+
 template <typename F>
 struct PPOTerm {
   F objective;          // importance weight * objective; 0 where the token is filtered or does not count

@@ -9,6 +9,7 @@ from areal.ops.linear_logprob_entropy import linear_logprob_entropy
 from areal.ops.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 from areal.ops.logprob_entropy import logprob_entropy
 from areal.ops.plan_microbatches import plan_microbatches
+from areal.ops.ppo_loss import ppo_loss
 from areal.ops.weights_hash import weights_hash
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "linear_ppo_loss",
     "logprob_entropy",
     "plan_microbatches",
+    "ppo_loss",
     "weights_hash",
 ]

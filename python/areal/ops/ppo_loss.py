@@ -1,0 +1,305 @@
+"""The PPO loss of packed tokens, with its gradient and its statistics in one pass."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
+from areal.ops._registration import check_tensor, cuda_stream, define_op
+from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters
+from areal.ops.ppo_torch import PPOOptions, ppo_loss_torch
+
+__all__ = ["STATISTICS", "PPOParameters", "ppo_loss", "ppo_parameters"]
+
+STATISTICS = (
+    "loss",
+    "n_tokens",
+    "clipped",
+    "clipped_high",
+    "clipped_low",
+    "dual_clipped",
+    "ratio",
+    "importance_weight",
+    "weight_truncated",
+    "filtered",
+    "kl_proximal",
+    "kl_behaviour",
+    "entropy",
+)
+"""The sums that come back with the loss, in this order (areal::PPOStatistic); the last one only if entropy was given."""
+
+Level = Literal["token", "sequence"]
+
+# Bits of the compiled op's `flags`, as in csrc/bind_ppo_loss.cpp; the last two are for this side alone.
+_CISPO, _DECOUPLED, _MASK_WEIGHTS = 1, 2, 4
+_SEQUENCE_RATIO, _SEQUENCE_WEIGHT, _SEQUENCE_FILTER, _SEQUENCE_MEAN = 8, 16, 32, 64
+_OF_SEQUENCES = _SEQUENCE_RATIO | _SEQUENCE_WEIGHT | _SEQUENCE_FILTER | _SEQUENCE_MEAN
+_WANTS_GRADIENT, _WANTS_ENTROPY_GRADIENT = 128, 256
+
+_FLOAT = (torch.float32,)
+_DOUBLE = (torch.float64,)
+_BACKENDS = ("torch", "cpp", "triton", "cuda")
+_DOUBLE_UNFIT = tuple((name, "it takes float32") for name in _BACKENDS[1:])
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    eps_clip: float,
+    eps_clip_higher: float | None = None,
+    c_clip: float | None = None,
+    denominator: float | Tensor,
+    cu_seqlens: Tensor | None = None,
+    ratio_level: Level = "token",
+    objective: Literal["ppo", "cispo"] = "ppo",
+    decoupled: bool = True,
+    behav_imp_weight_cap: float | None = None,
+    behav_imp_weight_mode: Literal["truncate", "mask"] = "truncate",
+    behav_imp_weight_level: Level = "token",
+    behav_filter_cap: float | None = None,
+    behav_filter_level: Level = "token",
+    normalization: Literal["token", "sequence", "fixed"] = "token",
+    fixed_length: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    backend: Literal["torch", "cpp", "triton", "cuda"] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Decoupled PPO (AReaL, arXiv 2505.24298, eq. 5) and its relatives, as a loss to minimise, with sums for statistics.
+
+        loss = -1 / denominator * sum_t m_t * w_t * min(u_t * A_t, clip(u_t, 1 - eps_clip, 1 + eps_clip_higher) * A_t)
+        u = current / proximal,   w = proximal / behaviour, a constant for the gradient
+
+    Log-probs, advantages and ``entropy`` are float32 [T] of packed tokens (float64 too: then the torch reference runs), ``loss_mask`` is
+    bool [T]; what other tokens hold, NaN too, has no effect. Log-ratios are clamped to +-20, with gradient 0 beyond. ``denominator``, a
+    number or a 0-d tensor, is that of the whole batch, so that how a batch is cut cannot change its gradient. Only ``logprobs`` and
+    ``entropy`` get gradients. Switches:
+
+    - ``decoupled=False``: PPO against the behaviour policy: u = current / behaviour, w = 1.
+    - ``eps_clip_higher``: another upper range (clip-higher of DAPO, arXiv 2503.14476); none = ``eps_clip``.
+    - ``c_clip``: dual clip (arXiv 1912.09729): where A < 0, the term is at least c_clip * A.
+    - ``ratio_level="sequence"``: u is the geometric mean over the loss tokens of a sequence, and so is its gradient (GSPO, arXiv 2507.18071).
+    - ``objective="cispo"``: clip(u) * A * log-prob, the clipped ratio a constant (CISPO, arXiv 2506.13585); eps_clip >= 1: no lower end.
+    - ``behav_imp_weight_cap``: a larger w becomes the cap (mode ``truncate``) or 0 (``mask``; the token still counts in the statistics and
+      normalisation). Level ``sequence``: w is the product over the sequence's loss tokens, with its log clamped like a token's: the
+      unbiased weight of a whole sequence.
+    - ``behav_filter_cap``: tokens whose proximal / behaviour leaves [1/cap, cap] give no loss; the denominator stays. Level ``sequence``:
+      whole sequences, by the geometric mean. Weight and filter are independent.
+    - ``normalization``: m is 1 (``token``: DAPO), 1 / loss tokens of the sequence (``sequence``: GRPO, arXiv 2402.03300; the denominator
+      then counts sequences), or 1 / ``fixed_length`` (``fixed``: Dr. GRPO, arXiv 2503.20783).
+    - ``entropy``, ``entropy_coef``: adds -entropy_coef / denominator * sum_t m_t * entropy_t.
+
+    What is of level ``sequence`` needs ``cu_seqlens``, int32 [n + 1] from 0 to T (checked on the CPU alone; on a GPU a token outside of
+    all sequences does not count). The statistics are detached float32 scalars, sums over the loss tokens: loss, n_tokens, clipped (=
+    clipped_high + clipped_low: where the clip cuts the gradient; CISPO: where the ratio is clipped), dual_clipped, ratio,
+    importance_weight, weight_truncated, filtered, kl_proximal and kl_behaviour: KL(proximal || current) and KL(behaviour || proximal) of
+    the tokens by the estimator x - 1 - log x of http://joschu.net/blog/kl-approx.html, and entropy if given. ``ValueError`` for an
+    argument of another shape, dtype or device, or out of range.
+    """
+    plan = _plan(
+        (eps_clip, eps_clip_higher, c_clip, objective, decoupled, behav_imp_weight_cap, behav_imp_weight_mode, behav_filter_cap),
+        (ratio_level, behav_imp_weight_level, behav_filter_level),
+        normalization,
+        fixed_length,
+        entropy_coef,
+    )
+    dtype = _check(logprobs, proximal_logprobs, behavior_logprobs, advantages, loss_mask, entropy)
+    cu_seqlens = _check_sequences(cu_seqlens, logprobs) if plan.flags & _OF_SEQUENCES else None
+    denominator = _check_denominator(denominator, logprobs.device)
+    unfit = () if dtype == torch.float32 else _DOUBLE_UNFIT
+    which = backend_for("ppo_loss", logprobs.device, backend, has=_BACKENDS, unfit=unfit)
+    tensors = (logprobs, proximal_logprobs, behavior_logprobs, advantages, loss_mask, cu_seqlens, entropy)
+    if which == "torch":
+        return ppo_loss_torch(plan.options, *tensors, denominator)
+
+    flags, divisor, scale = plan.flags, None, plan.scale
+    if isinstance(denominator, Tensor):
+        divisor = denominator
+    else:
+        scale /= denominator
+    if torch.is_grad_enabled():
+        if logprobs.requires_grad:
+            flags |= _WANTS_GRADIENT
+        if entropy is not None and entropy_coef and entropy.requires_grad:
+            flags |= _WANTS_ENTROPY_GRADIENT
+    if flags & (_WANTS_GRADIENT | _WANTS_ENTROPY_GRADIENT):
+        loss, sums = _PPOLoss.apply(*tensors, divisor, plan.numbers, scale, flags, which)
+    else:
+        loss, sums, _ = _op(*tensors, divisor, plan.numbers, scale, flags, which)
+    return loss, dict(zip(STATISTICS if entropy is not None else STATISTICS[:-1], sums.unbind(), strict=False))
+
+
+class _Plan(NamedTuple):
+    """What does not change from call to call."""
+
+    options: PPOOptions
+    numbers: tuple[float, ...]
+    """lower, upper, c_clip, weight_cap, filter_lower, filter_upper, entropy_coef."""
+    scale: float
+    """1 / fixed_length; 1 over the denominator is still to come."""
+    flags: int
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    token: tuple[Any, ...], levels: tuple[str, str, str], normalization: str, fixed_length: float | None, entropy_coef: float
+) -> _Plan:
+    for name, level in zip(("ratio_level", "behav_imp_weight_level", "behav_filter_level"), levels, strict=True):
+        choice("ppo_loss", name, level, "token", "sequence")
+    choice("ppo_loss", "normalization", normalization, "token", "sequence", "fixed")
+    if (normalization == "fixed") != (fixed_length is not None) or (fixed_length is not None and not fixed_length > 0):
+        raise ValueError(f"ppo_loss: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
+    p = ppo_parameters("ppo_loss", *token)
+    ratio, weight, filtered = (level == "sequence" for level in levels)
+    weight, filtered = weight and p.decoupled, filtered and token[-1] is not None  # else they have no effect
+    flags = p.cispo * _CISPO | p.decoupled * _DECOUPLED | p.mask_weights * _MASK_WEIGHTS
+    flags |= ratio * _SEQUENCE_RATIO | weight * _SEQUENCE_WEIGHT | filtered * _SEQUENCE_FILTER
+    flags |= (normalization == "sequence") * _SEQUENCE_MEAN
+    length = 1.0 if fixed_length is None else float(fixed_length)
+    options = PPOOptions(p, ratio, weight, filtered, normalization == "sequence", length, float(entropy_coef))
+    return _Plan(options, (*p[:6], float(entropy_coef)), 1.0 / length, flags)
+
+
+def _check(
+    logprobs: Tensor, proximal: Tensor, behavior: Tensor, advantages: Tensor, loss_mask: Tensor, entropy: Tensor | None
+) -> torch.dtype:
+    floats = {"logprobs": logprobs, "proximal_logprobs": proximal, "behavior_logprobs": behavior, "advantages": advantages}
+    if entropy is not None:
+        floats["entropy"] = entropy
+    dtypes = _DOUBLE if all(isinstance(t, Tensor) and t.dtype == torch.float64 for t in floats.values()) else _FLOAT
+    check_tensor("ppo_loss", "logprobs", logprobs, (None,), dtypes)
+    device, shape = logprobs.device, (logprobs.shape[0],)
+    for name, tensor in floats.items():
+        check_tensor("ppo_loss", name, tensor, shape, dtypes, device)
+    check_tensor("ppo_loss", "loss_mask", loss_mask, shape, (torch.bool,), device)
+    return dtypes[0]
+
+
+def _check_sequences(cu_seqlens: Tensor | None, logprobs: Tensor) -> Tensor:
+    if cu_seqlens is None:
+        raise ValueError("ppo_loss: cu_seqlens is None; what is of level 'sequence', and normalization='sequence', need it")
+    check_tensor("ppo_loss", "cu_seqlens", cu_seqlens, (None,), (torch.int32,), logprobs.device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("ppo_loss: cu_seqlens has the shape [0]; it must be [sequences + 1]")
+    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != logprobs.shape[0] or any(map(operator.gt, ends, ends[1:])):
+            raise ValueError(f"ppo_loss: cu_seqlens must rise from 0 to the number of tokens, {logprobs.shape[0]}")
+    return cu_seqlens
+
+
+def _check_denominator(denominator: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number, or a float32 tensor on ``device`` (it then cannot be checked without waiting for the GPU)."""
+    if not isinstance(denominator, Tensor):
+        if not denominator > 0:
+            raise ValueError(f"ppo_loss: denominator is {denominator}; it must be above 0")
+        return denominator
+    if denominator.dim() != 0:
+        raise ValueError(f"ppo_loss: denominator has the shape {list(denominator.shape)}; it must be a number or a tensor of shape []")
+    if denominator.device != device:
+        raise ValueError(f"ppo_loss: denominator is on {denominator.device}; it must be a number or on {device}, like the first argument")
+    return denominator.detach().to(torch.float32)
+
+
+class _PPOLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, sums, gradients = _op(*arguments)
+        ctx.flags = arguments[-2]
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return loss, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        scaled = (gradients * grad_loss).unbind()
+        of_logprobs = scaled[0] if ctx.flags & _WANTS_GRADIENT else None
+        of_entropy = scaled[-1] if ctx.flags & _WANTS_ENTROPY_GRADIENT else None
+        return of_logprobs, None, None, None, None, None, of_entropy, None, None, None, None, None
+
+
+def _implementation(
+    logprobs: Tensor,
+    proximal: Tensor,
+    behavior: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    entropy: Tensor | None,
+    denominator: Tensor | None,
+    numbers: Sequence[float],
+    scale: float,
+    flags: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, sums, gradients = results = _results(logprobs, flags)
+    if denominator is not None and backend == "cpp":
+        scale /= float(denominator)
+    inputs = (logprobs, proximal, behavior, advantages, mask, cu_seqlens, entropy, denominator)
+    own = gradients[0] if flags & _WANTS_GRADIENT else None
+    of_entropy = gradients[-1] if flags & _WANTS_ENTROPY_GRADIENT else None
+    if backend == "triton":
+        triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, sums, numbers, scale, flags)
+        return results
+    addresses = [0 if t is None else t.data_ptr() for t in (*inputs, own, of_entropy, loss, sums)]
+    n_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    module = compiled_module()
+    assert module is not None
+    if backend == "cpp":
+        module.ppo_loss(addresses, logprobs.shape[0], n_sequences, numbers, scale, flags, torch.get_num_threads())
+    else:
+        workspace = _workspace(logprobs.device, cuda_stream(logprobs), module.ppo_loss_cuda_workspace())
+        module.ppo_loss_cuda(addresses, logprobs.shape[0], n_sequences, numbers, scale, flags, workspace.data_ptr(), cuda_stream(logprobs))
+    return results
+
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _workspace(device: torch.device, stream: int, n: int) -> Tensor:
+    """int32 [n], zero before its first use: the sums of the blocks, and the counter of blocks that are done, which every launch leaves at 0.
+
+    One for each stream: launches on one stream come one after the other. A CUDA graph gets its own, since it may run on any stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = (device, stream)
+    if key not in _workspaces:
+        _workspaces[key] = torch.zeros(n, dtype=torch.int32, device=device)
+    return _workspaces[key]
+
+
+def _results(logprobs: Tensor, flags: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty: the loss [], the sums [13], the wanted gradients [0 to 2, T]."""
+    device = logprobs.device
+    rows = bool(flags & _WANTS_GRADIENT) + bool(flags & _WANTS_ENTROPY_GRADIENT)
+    return (
+        torch.empty((), device=device),
+        torch.empty(len(STATISTICS), device=device),
+        torch.empty(rows, logprobs.shape[0], device=device),
+    )
+
+
+def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(logprobs, rest[-2])
+
+
+_op = define_op(
+    "ppo_loss(Tensor logprobs, Tensor proximal, Tensor behavior, Tensor advantages, Tensor mask, Tensor? cu_seqlens, Tensor? entropy, "
+    "Tensor? denominator, float[] numbers, float scale, int flags, str backend) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
