@@ -136,7 +136,7 @@ def linear_ppo_loss(
         fixed_length=fixed_length,
         entropy=entropy,
         entropy_coef=entropy_coef,
-        backend=which,
+        backend=backend,
     )
     if needs_hidden or needs_weight:
         loss = _WithGradients.apply(loss, hidden, weight, d_hidden, d_weight)
