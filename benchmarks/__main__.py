@@ -51,7 +51,7 @@ def run_ops(names: list[str], arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     backends = tuple(arguments.backends.split(",")) if arguments.backends else DEFAULT_BACKENDS[arguments.device]
     deadline = None if arguments.budget is None else time.monotonic() + arguments.budget
-    settings = Settings(arguments.device, backends, arguments.threads, QUICK if arguments.quick else FULL, deadline)
+    settings = Settings(arguments.device, backends, QUICK if arguments.quick else FULL, deadline)
     facts: dict[str, Any] = {"machine": machine(), "device": arguments.device, "threads": arguments.threads, "quick": arguments.quick}
     rows: list[dict[str, Any]] = []
     error = None

@@ -85,7 +85,6 @@ class Settings:
 
     device: str = "cpu"
     backends: tuple[str, ...] = ("torch", "cpp")
-    threads: int = 1
     effort: Effort = field(default=FULL)
     deadline: float | None = None
     """On ``time.monotonic``: no case begins after it."""
