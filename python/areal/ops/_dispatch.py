@@ -82,8 +82,11 @@ def triton_kernels(op: str) -> ModuleType:
 
 
 def _forced_by_environment(op: str) -> str | None:
+    setting = os.environ.get("AREAL_OPS")
+    if not setting:
+        return None
     forced = None
-    for entry in filter(None, (part.strip() for part in os.environ.get("AREAL_OPS", "").split(","))):
+    for entry in filter(None, (part.strip() for part in setting.split(","))):
         name, separator, backend = entry.rpartition("=")
         if not separator and forced is None:
             forced = backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +36,31 @@ STATISTICS = (
 """The sums that come back with the loss, in this order (areal::PPOStatistic); the last one only if entropy was given."""
 
 Level = Literal["token", "sequence"]
+
+
+class PPOStatistics(Mapping[str, Tensor]):
+    """The sums by name, float32 [] each, made when they are asked for: thirteen views would cost more than the whole loss of a short batch."""
+
+    __slots__ = ("_names", "_sums")
+
+    def __init__(self, sums: Tensor, names: tuple[str, ...]) -> None:
+        self._sums = sums
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._sums[STATISTICS.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
 
 # Bits of the compiled op's `flags`, as in csrc/bind_ppo_loss.cpp; the last two are for this side alone.
 _CISPO, _DECOUPLED, _MASK_WEIGHTS = 1, 2, 4
@@ -74,7 +99,7 @@ def ppo_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     backend: Literal["torch", "cpp", "triton", "cuda"] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Decoupled PPO (AReaL, arXiv 2505.24298, eq. 5) and its relatives, as a loss to minimise, with sums for statistics.
 
         loss = -1 / denominator * sum_t m_t * w_t * min(u_t * A_t, clip(u_t, 1 - eps_clip, 1 + eps_clip_higher) * A_t)
@@ -132,11 +157,19 @@ def ppo_loss(
             flags |= _WANTS_GRADIENT
         if entropy is not None and entropy_coef and entropy.requires_grad:
             flags |= _WANTS_ENTROPY_GRADIENT
-    if flags & (_WANTS_GRADIENT | _WANTS_ENTROPY_GRADIENT):
-        loss, sums = _PPOLoss.apply(*tensors, divisor, plan.numbers, scale, flags, which)
+    # In plain eager mode past torch's dispatcher, which has nothing to add and costs a quarter of a short call.
+    tracing = torch.compiler.is_compiling()
+    if tracing or type(logprobs) is not Tensor or torch._C._len_torch_dispatch_stack():
+        detached = None if entropy is None else entropy.detach()
+        loss, sums, gradients = _op(logprobs.detach(), *tensors[1:6], detached, divisor, plan.numbers, scale, flags, which)
     else:
-        loss, sums, _ = _op(*tensors, divisor, plan.numbers, scale, flags, which)
-    return loss, dict(zip(STATISTICS if entropy is not None else STATISTICS[:-1], sums.unbind(), strict=False))
+        loss, sums, gradients = _implementation(*tensors, divisor, plan.numbers, scale, flags, which)
+    if flags & (_WANTS_GRADIENT | _WANTS_ENTROPY_GRADIENT):
+        loss = _WithGradients.apply(logprobs, entropy, (loss.clone() if tracing else loss, gradients), flags)
+    names = STATISTICS[:-1] if entropy is None else STATISTICS
+    if tracing:
+        return loss, dict(zip(names, sums.unbind(), strict=False))
+    return loss, PPOStatistics(sums, names)
 
 
 class _Plan(NamedTuple):
@@ -173,6 +206,20 @@ def _plan(
 def _check(
     logprobs: Tensor, proximal: Tensor, behavior: Tensor, advantages: Tensor, loss_mask: Tensor, entropy: Tensor | None
 ) -> torch.dtype:
+    try:
+        if (
+            entropy is None
+            and logprobs.dim() == 1
+            and logprobs.shape == proximal.shape == behavior.shape == advantages.shape == loss_mask.shape
+            and torch.float32 is logprobs.dtype is proximal.dtype is behavior.dtype is advantages.dtype
+            and torch.bool is loss_mask.dtype
+            and (logprobs.is_cpu and proximal.is_cpu and behavior.is_cpu and advantages.is_cpu and loss_mask.is_cpu)
+            and (logprobs.is_contiguous() and proximal.is_contiguous() and behavior.is_contiguous())
+            and (advantages.is_contiguous() and loss_mask.is_contiguous())
+        ):  # all is as it should be, on the CPU, where microseconds count; what follows says the same at length
+            return torch.float32
+    except AttributeError:  # no tensor
+        pass
     floats = {"logprobs": logprobs, "proximal_logprobs": proximal, "behavior_logprobs": behavior, "advantages": advantages}
     if entropy is not None:
         floats["entropy"] = entropy
@@ -211,24 +258,27 @@ def _check_denominator(denominator: float | Tensor, device: torch.device) -> flo
     return denominator.detach().to(torch.float32)
 
 
-class _PPOLoss(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """The loss, given its gradients [T or 2 T]."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, sums, gradients = _op(*arguments)
-        ctx.flags = arguments[-2]
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, results: tuple[Tensor, Tensor], flags: int) -> Tensor:
+        loss, gradients = results
+        ctx.flags = flags
         ctx.save_for_backward(gradients)
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        return loss, sums
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        scaled = (gradients * grad_loss).unbind()
-        of_logprobs = scaled[0] if ctx.flags & _WANTS_GRADIENT else None
-        of_entropy = scaled[-1] if ctx.flags & _WANTS_ENTROPY_GRADIENT else None
-        return of_logprobs, None, None, None, None, None, of_entropy, None, None, None, None, None
+        scaled = gradients * grad_loss
+        if not ctx.flags & _WANTS_ENTROPY_GRADIENT:
+            return scaled, None, None, None
+        if not ctx.flags & _WANTS_GRADIENT:
+            return None, scaled, None, None
+        n_tokens = scaled.shape[0] // 2
+        return scaled[:n_tokens], scaled[n_tokens:], None, None
 
 
 def _implementation(
@@ -248,21 +298,36 @@ def _implementation(
     loss, sums, gradients = results = _results(logprobs, flags)
     if denominator is not None and backend == "cpp":
         scale /= float(denominator)
+    n_tokens = logprobs.shape[0]
+    of_entropy = gradients[-n_tokens:] if flags & _WANTS_ENTROPY_GRADIENT and n_tokens else None
     inputs = (logprobs, proximal, behavior, advantages, mask, cu_seqlens, entropy, denominator)
-    own = gradients[0] if flags & _WANTS_GRADIENT else None
-    of_entropy = gradients[-1] if flags & _WANTS_ENTROPY_GRADIENT else None
     if backend == "triton":
+        own = gradients[:n_tokens] if flags & _WANTS_GRADIENT else None
         triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, sums, numbers, scale, flags)
         return results
-    addresses = [0 if t is None else t.data_ptr() for t in (*inputs, own, of_entropy, loss, sums)]
-    n_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    addresses = [
+        logprobs.data_ptr(),
+        proximal.data_ptr(),
+        behavior.data_ptr(),
+        advantages.data_ptr(),
+        mask.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if entropy is None else entropy.data_ptr(),
+        0 if denominator is None else denominator.data_ptr(),
+        gradients.data_ptr() if flags & _WANTS_GRADIENT else 0,
+        0 if of_entropy is None else of_entropy.data_ptr(),
+        loss.data_ptr(),
+        sums.data_ptr(),
+    ]
+    sizes = n_tokens, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     module = compiled_module()
     assert module is not None
     if backend == "cpp":
-        module.ppo_loss(addresses, logprobs.shape[0], n_sequences, numbers, scale, flags, torch.get_num_threads())
+        module.ppo_loss(addresses, *sizes, numbers, scale, flags, torch.get_num_threads())
     else:
-        workspace = _workspace(logprobs.device, cuda_stream(logprobs), module.ppo_loss_cuda_workspace())
-        module.ppo_loss_cuda(addresses, logprobs.shape[0], n_sequences, numbers, scale, flags, workspace.data_ptr(), cuda_stream(logprobs))
+        stream = cuda_stream(logprobs)
+        workspace = _workspace(logprobs.device, stream, module.ppo_loss_cuda_workspace())
+        module.ppo_loss_cuda(addresses, *sizes, numbers, scale, flags, workspace.data_ptr(), stream)
     return results
 
 
@@ -283,14 +348,9 @@ def _workspace(device: torch.device, stream: int, n: int) -> Tensor:
 
 
 def _results(logprobs: Tensor, flags: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty: the loss [], the sums [13], the wanted gradients [0 to 2, T]."""
-    device = logprobs.device
-    rows = bool(flags & _WANTS_GRADIENT) + bool(flags & _WANTS_ENTROPY_GRADIENT)
-    return (
-        torch.empty((), device=device),
-        torch.empty(len(STATISTICS), device=device),
-        torch.empty(rows, logprobs.shape[0], device=device),
-    )
+    """Empty: the loss [], the sums [13], the wanted gradients one after the other [0, T or 2 T]."""
+    n = bool(flags & _WANTS_GRADIENT) + bool(flags & _WANTS_ENTROPY_GRADIENT)
+    return logprobs.new_empty(()), logprobs.new_empty(len(STATISTICS)), logprobs.new_empty(n * logprobs.shape[0])
 
 
 def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
