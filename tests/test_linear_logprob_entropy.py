@@ -13,7 +13,8 @@ from areal.ops import BackendUnavailable, linear_logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens
 
 BACKENDS = backends("torch", "cpp", "triton", "cuda")
-pytestmark = pytest.mark.timeout(120)
+# numpy's, in Triton's interpreter, which the other values of a tl.where do not concern
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 
 def inputs(seed: int, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, scale: float = 1.0):

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from op_backends import backends
 from test_linear_logprob_entropy import count_products, leaves, norm_error
 from torch import Tensor
+from triton_ptx import compile_to_ptx
 
 from areal.ops import linear_logprob_entropy, linear_ppo_loss, ppo_loss
 from areal.ops._dispatch import build_info, compiled_module, missing_cpp
 
 BACKENDS = backends("torch", "cpp", "triton")
-pytestmark = pytest.mark.timeout(120)
+# numpy's, in Triton's interpreter, which the other values of a tl.where do not concern
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 
 def inputs(seed: int, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, temperature: float = 1.0) -> dict[str, Any]:
@@ -307,6 +309,22 @@ def test_registration() -> None:
         for needs in (True, True), (True, False), (False, False):
             arguments = x["hidden"], x["weight"], x["targets"], proximal, per_token, parameters, [0.9, 0.1], 1 << 20, *needs, "torch"
             torch.library.opcheck(torch.ops.areal.linear_ppo_loss.default, arguments)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
+    pytest.importorskip("triton")
+    vectors = "proximal", "behavior", "advantages", "loss_weights", "logprobs", "entropies"
+    scalars = "inverse_temperature", "entropy_coef", "lower", "upper", "c_clip", "weight_cap", "filter_lower", "filter_upper"
+    signature = {"logits": element, "targets": "*i64", **dict.fromkeys(vectors, "*fp32"), "n": "i32", **dict.fromkeys(scalars, "fp32")}
+    switches = {"CISPO": False, "DECOUPLED": True, "MASK_WEIGHTS": False, "ON_POLICY": False, "GRADIENTS": gradients, "BLOCK": 8192}
+    ptx = compile_to_ptx("linear_ppo_loss_triton", "linear_ppo_kernel", signature, switches, multiples_of_16=("n",), num_warps=16)
+    accesses = 8192 * (2 if element == "*bf16" else 4) // (16 * 32) // 16  # of one thread to a block
+    passes = 2 if gradients else 1
+    assert ptx.count("ld.global.v4.b32") == 2 * accesses * passes  # the main loop, and the masked end
+    assert ptx.count("st.global.v4.b32") == (4 * accesses if gradients else 0)  # the gradient, or zeros
+    assert ptx.count("ld.global.b16") <= 1, "the target's logit"
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,27 @@ def test_rows_and_chunks():
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi", "cohere"])
+def test_heads_that_do_more_than_a_product_go_chunk_by_chunk(name):
+    model = small_model(name, scale=2.0)
+    lengths = [200, 90]
+    ids, positions = packed_inputs(lengths)
+
+    def run(memory_budget):
+        model.zero_grad()
+        logprobs, entropy = packed_logprobs(model, ids, positions, lengths, 1.3, memory_budget=memory_budget)
+        logprobs.sum().backward()
+        return logprobs.detach(), entropy, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    whole, cut = run(1 << 30), run(1)
+    torch.testing.assert_close(cut[:2], whole[:2])
+    for parameter, grad in cut[2].items():
+        torch.testing.assert_close(grad, whole[2][parameter], rtol=1e-4, atol=1e-4, msg=parameter)
+    with torch.no_grad():
+        expected, _ = eager_logprobs(eager_twin(model), ids, lengths, 1.3)
+    torch.testing.assert_close(cut[0], expected, rtol=0, atol=2e-5)
+
+
 def test_no_rows_still_reaches_every_parameter():
     model = small_model("qwen2")
     logprobs, _ = packed_logprobs(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), [1])
