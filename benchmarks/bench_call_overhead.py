@@ -42,7 +42,7 @@ def cases(device: str, backends: Sequence[str]) -> Iterator[Case]:
     if device != "cpu":
         return
     current = torch.randn(T, requires_grad=True)
-    others = (torch.randn(T), torch.randn(T), torch.randn(T), torch.ones(T))
+    others = (torch.randn(T), torch.randn(T), torch.randn(T), torch.ones(T, dtype=torch.bool))
 
     def forward(backend: str) -> Tensor:
         loss, _ = ppo_loss(current, *others, eps_clip=0.2, denominator=float(T), backend=backend)

@@ -55,9 +55,7 @@ def bare_products(inputs: Inputs, n: int) -> Products:
 def cases(device: str, backends: Sequence[str]) -> Iterator[Case]:
     for shape in SHAPES[device]:
         inputs = make_inputs(*shape, device)
-        found: dict[str, Function] = {
-            b: partial(linear_logprob_entropy, backend=b) for b in backends if device == "cpu" or b != "cpp"
-        }
+        found: dict[str, Function] = {b: partial(linear_logprob_entropy, backend=b) for b in backends if device == "cpu" or b != "cpp"}
         found["eager"] = eager
         if device == "cuda":
             found["torch.compile"] = torch.compile(eager)

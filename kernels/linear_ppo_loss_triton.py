@@ -90,6 +90,4 @@ def linear_ppo_kernel(
         if (grad_logprob == 0.0) & (grad_entropy == 0.0):
             _write_zeros(row, n, BLOCK)
         else:
-            write_row_gradient(
-                row, row, n, target, largest, log_sum, entropy, grad_logprob, grad_entropy, inverse_temperature, BLOCK
-            )
+            write_row_gradient(row, row, n, target, largest, log_sum, entropy, grad_logprob, grad_entropy, inverse_temperature, BLOCK)

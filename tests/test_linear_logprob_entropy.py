@@ -134,7 +134,9 @@ def test_error_of_16_bit_logits(on_backend: tuple[str, str], dtype: torch.dtype,
     assert norm_error(w.grad, w64.grad) < 8 * 2.0**-digits
 
 
-@pytest.mark.parametrize(("hidden_grad", "weight_grad", "products"), [(True, True, 4), (True, False, 3), (False, True, 3), (False, False, 1)])
+@pytest.mark.parametrize(
+    ("hidden_grad", "weight_grad", "products"), [(True, True, 4), (True, False, 3), (False, True, 3), (False, False, 1)]
+)
 def test_products(monkeypatch: pytest.MonkeyPatch, hidden_grad: bool, weight_grad: bool, products: int) -> None:
     calls = count_products(monkeypatch)
     hidden, weight, targets = inputs(6, 50, 8, 30, torch.float32, "cpu")
@@ -245,6 +247,4 @@ def test_wrong_arguments_are_refused(change: dict[str, object], sentence: str) -
 
 def test_a_backend_that_cannot_run_is_an_error() -> None:
     with pytest.raises(BackendUnavailable, match="float32 and bfloat16"):
-        linear_logprob_entropy(
-            torch.zeros(3, 4).half(), torch.zeros(5, 4).half(), torch.zeros(3, dtype=torch.int64), backend="cpp"
-        )
+        linear_logprob_entropy(torch.zeros(3, 4).half(), torch.zeros(5, 4).half(), torch.zeros(3, dtype=torch.int64), backend="cpp")

@@ -21,7 +21,9 @@ BACKENDS = backends("torch", "cpp", "triton")
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 
-def inputs(seed: int, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, temperature: float = 1.0) -> dict[str, Any]:
+def inputs(
+    seed: int, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, temperature: float = 1.0
+) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=g, dtype=torch.float64).to(dtype)
     weight = (2 * torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / width**0.5).to(dtype)
@@ -208,7 +210,9 @@ def test_bfloat16(on_backend: tuple[str, str]) -> None:
     assert errors[0] < 1.1 * errors[1]
 
 
-@pytest.mark.parametrize(("hidden_grad", "weight_grad", "products"), [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)])
+@pytest.mark.parametrize(
+    ("hidden_grad", "weight_grad", "products"), [(True, True, 3), (True, False, 2), (False, True, 2), (False, False, 1)]
+)
 def test_products(monkeypatch: pytest.MonkeyPatch, hidden_grad: bool, weight_grad: bool, products: int) -> None:
     calls = count_products(monkeypatch)
     x = inputs(8, 50, 8, 30, torch.float32, "cpu")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from trainer_setup import make_batch, make_config, make_groups, save_small_model
 
-from areal.algo.loss import ppo_loss
 from areal.config import OptimizerConfig
 from areal.models.heads import packed_logprobs
 from areal.models.loading import load_model
+from areal.ops import ppo_loss
 from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
 from areal.trainer.optimizer import Muon, PolicyOptimizer, orthogonalise
 

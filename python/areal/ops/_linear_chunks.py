@@ -81,7 +81,7 @@ class LogitChunks:
         self.size = chunk_tokens(len(hidden), len(weight), hidden.element_size(), memory_budget)
 
     def __len__(self) -> int:
-        return -(-len(self.hidden) // self.size)
+        return (len(self.hidden) + self.size - 1) // self.size
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         tokens, vocabulary = len(self.hidden), len(self.weight)

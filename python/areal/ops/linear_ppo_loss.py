@@ -170,7 +170,12 @@ def _check(
 
 
 def _loss_weights(
-    loss_mask: Tensor, dtype: torch.dtype, denominator: float | Tensor, normalization: str, fixed_length: float | None, cu_seqlens: Tensor | None
+    loss_mask: Tensor,
+    dtype: torch.dtype,
+    denominator: float | Tensor,
+    normalization: str,
+    fixed_length: float | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """m_t / denominator, [T]: 0 for tokens without loss."""
     choice(_OP, "normalization", normalization, "token", "sequence", "fixed")

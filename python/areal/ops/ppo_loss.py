@@ -131,7 +131,8 @@ def ppo_loss(
     the tokens by the estimator x - 1 - log x of http://joschu.net/blog/kl-approx.html, and entropy if given. ``ValueError`` for an
     argument of another shape, dtype or device, or out of range.
     """
-    plan = _plan(
+    tracing = torch.compiler.is_compiling()
+    plan = (_plan.__wrapped__ if tracing else _plan)(  # torch.compile warns of the cache, and looks through it
         (eps_clip, eps_clip_higher, c_clip, objective, decoupled, behav_imp_weight_cap, behav_imp_weight_mode, behav_filter_cap),
         (ratio_level, behav_imp_weight_level, behav_filter_level),
         normalization,
@@ -158,7 +159,6 @@ def ppo_loss(
         if entropy is not None and entropy_coef and entropy.requires_grad:
             flags |= _WANTS_ENTROPY_GRADIENT
     # In plain eager mode past torch's dispatcher, which has nothing to add and costs a quarter of a short call.
-    tracing = torch.compiler.is_compiling()
     if tracing or type(logprobs) is not Tensor or torch._C._len_torch_dispatch_stack():
         detached = None if entropy is None else entropy.detach()
         loss, sums, gradients = _op(logprobs.detach(), *tensors[1:6], detached, divisor, plan.numbers, scale, flags, which)

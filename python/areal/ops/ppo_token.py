@@ -7,7 +7,6 @@ a NaN in a loss token comes through, so that somebody notices it.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -39,7 +38,6 @@ class PPOParameters(NamedTuple):
     """A weight above its cap becomes 0 instead of the cap."""
 
 
-@functools.lru_cache(maxsize=64)
 def ppo_parameters(
     op: str,
     eps_clip: float,

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from areal.models.heads import packed_logprobs, packed_ppo_loss
 from areal.models.loading import decoder_layers
 
-
 _HEAD_METHODS = (packed_logprobs, packed_ppo_loss)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 # Name in the result -> sum that is divided by the number of loss tokens.
 _MEANS = {
     "clip_fraction": "clipped",
+    "clip_high_fraction": "clipped_high",
+    "clip_low_fraction": "clipped_low",
     "dual_clip_fraction": "dual_clipped",
     "filtered_fraction": "filtered",
     "truncated_fraction": "weight_truncated",
