@@ -13,6 +13,7 @@ The importance of a token, m, comes from outside (mask, normalization, denominat
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class LinearPPOLoss(NamedTuple):
     """What ``linear_ppo_loss`` returns; only ``loss`` is differentiable."""
 
     loss: Tensor
-    stats: dict[str, Tensor]
+    stats: Mapping[str, Tensor]
     """As of ``ppo_loss``."""
     logprobs: Tensor
     """float32 [T]"""
@@ -152,7 +153,7 @@ def _check(
     advantages: Tensor,
     loss_mask: Tensor,
     temperature: float,
-    levels: dict[str, str],
+    levels: Mapping[str, str],
 ) -> None:
     for name, level in levels.items():
         if level != "token":
@@ -163,9 +164,10 @@ def _check(
     check_head(_OP, hidden, weight, targets, temperature)
     tokens = (hidden.shape[0],)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    for name, tensor in ("proximal_logprobs", proximal), ("behavior_logprobs", behavior), ("advantages", advantages):
-        if tensor is not None or name != "proximal_logprobs":
-            check_tensor(_OP, name, tensor, tokens, (dtype,), hidden.device)
+    if proximal is not None:
+        check_tensor(_OP, "proximal_logprobs", proximal, tokens, (dtype,), hidden.device)
+    check_tensor(_OP, "behavior_logprobs", behavior, tokens, (dtype,), hidden.device)
+    check_tensor(_OP, "advantages", advantages, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool,), hidden.device)
 
 
@@ -232,13 +234,17 @@ def _forward(
     chunks = LogitChunks(hidden, weight, budget)
     gradients = HeadGradients(chunks, needs_hidden=needs_hidden, needs_weight=needs_weight)
     run = {"torch": _rows_torch, "cpp": _rows_cpp, "triton": _rows_triton}[backend]
-    parsed = PPOParameters(*parameters[:6], *(bool(x) for x in parameters[6:]))
+    cispo, decoupled, mask_weights = (bool(x) for x in parameters[6:])
+    lower, upper, c_clip, weight_cap, filter_lower, filter_upper = parameters[:6]
+    parsed = PPOParameters(lower, upper, c_clip, weight_cap, filter_lower, filter_upper, cispo, decoupled, mask_weights)
+    temperature, entropy_coef = scalars
     wanted = needs_hidden or needs_weight
     logits = None
     for rows, logits in chunks:
-        given = [x[rows] for x in token_inputs]
+        behavior, advantages, weights = (x[rows] for x in token_inputs)
         known = None if proximal is None else proximal[rows]
-        run(logits, targets[rows], known, *given, logprobs[rows], entropy[rows], parsed, *scalars, wanted)
+        known_inputs = known, behavior, advantages, weights
+        run(logits, targets[rows], *known_inputs, logprobs[rows], entropy[rows], parsed, temperature, entropy_coef, wanted)
         if wanted:
             gradients.add(rows, logits)
     del logits  # its memory is that of all chunks
