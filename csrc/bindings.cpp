@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
   areal::bind_decode_attention(module);
   areal::bind_flatten_weights(module);
   areal::bind_gae(module);
+  areal::bind_linear_ppo_loss(module);
   areal::bind_logprob_entropy(module);
   areal::bind_pack(module);
   areal::bind_plan_microbatches(module);

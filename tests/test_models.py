@@ -213,7 +213,7 @@ def test_rows_and_chunks():
         return logprobs.detach(), entropy, [p.grad.clone() for p in model.parameters()]
 
     whole = run()
-    for options in ({"rows": rows}, {"chunk_tokens": 7}, {"rows": rows, "chunk_tokens": 2}):
+    for options in ({"rows": rows}, {"memory_budget": 300}, {"rows": rows, "memory_budget": 1}):
         logprobs, entropy, grads = run(**options)
         torch.testing.assert_close(logprobs[rows], whole[0][rows])
         torch.testing.assert_close(entropy[rows], whole[1][rows])
@@ -221,6 +221,27 @@ def test_rows_and_chunks():
             assert logprobs.count_nonzero() == len(rows)
         for grad, expected in zip(grads, whole[2], strict=True):
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi", "cohere"])
+def test_heads_that_do_more_than_a_product_go_chunk_by_chunk(name):
+    model = small_model(name, scale=2.0)
+    lengths = [200, 90]
+    ids, positions = packed_inputs(lengths)
+
+    def run(memory_budget):
+        model.zero_grad()
+        logprobs, entropy = packed_logprobs(model, ids, positions, lengths, 1.3, memory_budget=memory_budget)
+        logprobs.sum().backward()
+        return logprobs.detach(), entropy, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    whole, cut = run(1 << 30), run(1)
+    torch.testing.assert_close(cut[:2], whole[:2])
+    for parameter, grad in cut[2].items():
+        torch.testing.assert_close(grad, whole[2][parameter], rtol=1e-4, atol=1e-4, msg=parameter)
+    with torch.no_grad():
+        expected, _ = eager_logprobs(eager_twin(model), ids, lengths, 1.3)
+    torch.testing.assert_close(cut[0], expected, rtol=0, atol=2e-5)
 
 
 def test_no_rows_still_reaches_every_parameter():

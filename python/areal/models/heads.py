@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
+from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
+from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
+from areal.ops.ppo_loss import ppo_loss
 
 # Config keys with which heads scale their logits: Cohere multiplies, Falcon-H1 too, Granite divides.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -24,9 +28,14 @@ _SOFTCAP = "final_logit_softcapping"  # Gemma
 class Head:
     """logits = cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)."""
 
-    projection: nn.Module
+    projection: nn.Linear
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether log-probs at a temperature are those of hidden @ weight.T at temperature / scale."""
+        return self.softcap is None and self.projection.bias is None and self.scale > 0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, vocabulary], in the dtype of the model."""
@@ -52,6 +61,15 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(projection, scale, getattr(config, _SOFTCAP, None))
 
 
+class PPOInputs(NamedTuple):
+    """What the loss of packed tokens needs besides their log-probs: float32 [T] each, looked at in the loss tokens only."""
+
+    proximal_logprobs: Tensor | None
+    """None: the current policy is the proximal one."""
+    behavior_logprobs: Tensor
+    advantages: Tensor
+
+
 def packed_logprobs(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -60,42 +78,100 @@ def packed_logprobs(
     temperature: float = 1.0,
     *,
     rows: Tensor | None = None,
-    chunk_tokens: int = 0,
+    memory_budget: int | None = None,
     shared: SharedTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of packed sequences, float32 [T] each, in nats, of softmax(logits / temperature).
 
     ``logprobs[t]`` is that of token t given those before it in its sequence, ``entropy[t]`` (without gradient) that of the distribution
     it came from; both are 0 where a sequence starts. ``rows`` (int64 indices into T) restricts the head to these tokens, the others are
-    0. With ``chunk_tokens`` > 0 the logits of at most so many tokens exist at a time, in backward too, where they are computed again.
+    0. Logits of a chunk of tokens exist at a time, ``memory_budget`` bytes of them, in backward too, where they are computed again.
     ``shared`` says which tokens are the same in several sequences (see ``prefix``); the result does not depend on it.
 
     Shapes: ids and positions int64 [T]; ``lengths`` sum to T.
     """
-    context = PackedContext(lengths, shared)
-    if shared is None:
-        hidden = forward_hidden(model, input_ids, position_ids, context)
-    else:
-        hidden = forward_hidden(model, input_ids[shared.computed], position_ids[shared.computed], context)
     if rows is None:
         starts = torch.zeros(len(input_ids), dtype=torch.bool)
         starts[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
         rows = (~starts).nonzero().squeeze(1).to(input_ids.device)
-    zeros = torch.zeros(len(input_ids), dtype=torch.float32, device=hidden.device)
-    if not len(rows):
-        # Every parameter takes part, with a gradient of 0: sharded ranks reduce the same gradients whatever their tokens are.
-        nothing = head_of(model).logits(hidden[:1]).float().sum() * 0.0
-        return zeros + nothing, zeros
-    before = rows - 1 if shared is None else shared.token_of[rows - 1]
-    logprobs, entropy = _score(head_of(model), hidden.index_select(0, before), input_ids.index_select(0, rows), temperature, chunk_tokens)
-    return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy)
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
+    logprobs, entropy = _score(head_of(model), hidden, input_ids.index_select(0, rows), temperature, memory_budget)
+    zeros = torch.zeros(len(input_ids), dtype=logprobs.dtype, device=hidden.device)
+    return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
 
 
-def _score(head: Head, hidden: Tensor, targets: Tensor, temperature: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    if chunk_tokens <= 0 or len(targets) <= chunk_tokens:
-        return _score_chunk(head, hidden, targets, temperature)
+def packed_ppo_loss(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    temperature: float,
+    inputs: PPOInputs,
+    *,
+    rows: Tensor,
+    denominator: float,
+    memory_budget: int | None = None,
+    shared: SharedTokens | None = None,
+    **options: Any,
+) -> LinearPPOLoss:
+    """``ppo_loss`` of the loss tokens ``rows`` of packed sequences, with its token-level ``options``; log-probs and entropies are [T].
+
+    A head that is a plain product makes its gradients in the forward pass (``linear_ppo_loss``), so call ``backward`` on the loss at most
+    once with each forward pass.
+    """
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
+    head, targets = head_of(model), input_ids.index_select(0, rows)
+    proximal, behavior, advantages = (None if x is None else x.index_select(0, rows) for x in inputs)
+    assert behavior is not None and advantages is not None
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    if head.is_product:
+        result = linear_ppo_loss(
+            hidden,
+            head.projection.weight,
+            targets,
+            proximal,
+            behavior,
+            advantages,
+            mask,
+            temperature=temperature / head.scale,
+            denominator=denominator,
+            memory_budget=memory_budget,
+            **options,
+        )
+    else:
+        logprobs, entropy = _score(head, hidden, targets, temperature, memory_budget)
+        if proximal is None:
+            proximal = logprobs.detach()
+        loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
+        result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
+    zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
+    return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+
+
+def _hidden_before(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int], rows: Tensor, shared: SharedTokens | None
+) -> Tensor:
+    """The hidden states [len(rows), hidden] from which the tokens ``rows`` are predicted.
+
+    Without rows too they are connected to every parameter of the body, with a gradient of 0: sharded ranks reduce the same gradients
+    whatever their tokens are.
+    """
+    context = PackedContext(lengths, shared)
+    if shared is None:
+        return forward_hidden(model, input_ids, position_ids, context).index_select(0, rows - 1)
+    hidden = forward_hidden(model, input_ids[shared.computed], position_ids[shared.computed], context)
+    return hidden.index_select(0, shared.token_of[rows - 1])
+
+
+def _score(head: Head, hidden: Tensor, targets: Tensor, temperature: float, memory_budget: int | None) -> tuple[Tensor, Tensor]:
+    if head.is_product:
+        weight = head.projection.weight
+        return linear_logprob_entropy(hidden, weight, targets, temperature / head.scale, memory_budget=memory_budget)
+    # What such a head does besides the product is left to autograd, chunk by chunk.
+    budget = memory_budget_for("packed_logprobs", hidden.device, memory_budget)
+    size = chunk_tokens(len(targets), len(head.projection.weight), hidden.element_size(), budget)
     scores = []
-    for hidden_chunk, target_chunk in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    for hidden_chunk, target_chunk in zip(hidden.split(size), targets.split(size), strict=True):
         if torch.is_grad_enabled():
             scores.append(checkpoint(_score_chunk, head, hidden_chunk, target_chunk, temperature, use_reentrant=False))
         else:
@@ -105,9 +181,4 @@ def _score(head: Head, hidden: Tensor, targets: Tensor, temperature: float, chun
 
 
 def _score_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head.logits(hidden).float()
-    log_p = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-    with torch.no_grad():
-        # exp(-inf) * -inf would be NaN where a logit is -inf.
-        entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-    return log_p.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+    return logprob_entropy(head.logits(hidden), targets, temperature, inplace_backward=torch.is_grad_enabled())

@@ -18,16 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, OptimizerConfig
+from areal.models.heads import PPOInputs
 from areal.models.loading import decoder_layers, load_model, meta_template
 from areal.models.prefix import SharedTokens, find_shared_prompts
-from areal.ops import ppo_loss
 from areal.trainer.optimizer import PolicyOptimizer
-from areal.trainer.sharding import add_packed_logprobs, full_tensor, shard_model
+from areal.trainer.sharding import add_head_methods, full_tensor, shard_model
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
-
-_LOGIT_ELEMENTS = 1 << 26
-"""Logits that exist at a time: 256 MiB in float32."""
 
 
 class NonFiniteGradients(RuntimeError):
@@ -93,11 +90,10 @@ class TrainEngine:
         self.template = meta_template(self.model, self._dtype)
         if config.gradient_checkpointing:
             self._checkpoint_layers()
-        add_packed_logprobs(self.model)
+        add_head_methods(self.model)
         if self._sharded:
             shard_model(self.model, init_device_mesh(self.device.type, (world_size,)), self._dtype)
         self.model.to(self.device)
-        self._chunk_tokens = max(256, _LOGIT_ELEMENTS // self.model.config.get_text_config().vocab_size)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -171,35 +167,32 @@ class TrainEngine:
 
     def _ppo_backward(self, x: _Inputs, proximal: Tensor | None, denominator: float, stats: StepStats) -> None:
         """``proximal`` None: the current policy still is the proximal one."""
-        logprobs, entropy = self._forward(x, self._temperature)
-        if proximal is None:
-            proximal = logprobs.detach()
-            stats.add_drift(proximal, x.behavior_logprobs, x.fresh)
-        elif self.config.recompute_logprob:
-            stats.add_drift(proximal, x.behavior_logprobs, x.fresh)
         config = self.config
-        loss, sums = ppo_loss(
-            logprobs,
-            proximal,
-            x.behavior_logprobs,
-            x.advantages,
-            x.loss_mask,
+        result = self.model.packed_ppo_loss(
+            x.input_ids,
+            x.position_ids,
+            x.lengths,
+            self._temperature,
+            PPOInputs(proximal, x.behavior_logprobs, x.advantages),
+            rows=x.rows,
+            denominator=denominator,
+            shared=x.shared,
             eps_clip=config.eps_clip,
             eps_clip_higher=config.eps_clip_higher,
             c_clip=config.c_clip,
-            denominator=denominator,
             behav_imp_weight_cap=config.behav_imp_weight_cap,
             behav_filter_cap=config.behav_filter_cap,
             decoupled=config.use_decoupled_loss,
-            entropy=entropy,
         )
-        loss.backward()
-        stats.add(sums)
+        result.loss.backward()
+        if proximal is None:
+            stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
+        elif config.recompute_logprob:
+            stats.add_drift(proximal, x.behavior_logprobs, x.fresh)
+        stats.add(result.stats)
 
     def _forward(self, x: _Inputs, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.model.packed_logprobs(
-            x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, chunk_tokens=self._chunk_tokens, shared=x.shared
-        )
+        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, shared=x.shared)
 
     def _recompute(self, inputs: Sequence[_Inputs]) -> list[Tensor]:
         with torch.no_grad():

@@ -11,13 +11,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from areal.models.heads import packed_logprobs
+from areal.models.heads import packed_logprobs, packed_ppo_loss
 from areal.models.loading import decoder_layers
 
+_HEAD_METHODS = (packed_logprobs, packed_ppo_loss)
 
-def add_packed_logprobs(model: PreTrainedModel) -> None:
-    """Makes ``packed_logprobs`` a method: FSDP unshards the root, which owns embedding, norm and head, around methods only."""
-    model.packed_logprobs = types.MethodType(packed_logprobs, model)
+
+def add_head_methods(model: PreTrainedModel) -> None:
+    """Makes ``packed_logprobs`` and ``packed_ppo_loss`` methods: FSDP unshards the root, which owns embedding, norm and head, around
+    methods only."""
+    for function in _HEAD_METHODS:
+        setattr(model, function.__name__, types.MethodType(function, model))
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -39,7 +43,8 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) ->
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
-    register_fsdp_forward_method(model, "packed_logprobs")
+    for function in _HEAD_METHODS:
+        register_fsdp_forward_method(model, function.__name__)
 
 
 def _check_ties(model: PreTrainedModel) -> None:

@@ -1,0 +1,6 @@
+#include "bfloat16.h"
+#include "linear_ppo_loss.h"
+
+namespace areal::avx512 {
+#include "linear_ppo_loss_loop.h"
+}  // namespace areal::avx512
