@@ -7,10 +7,8 @@
 #include "vector8_bfloat16.h"
 
 constexpr int64_t kKeyBlock = 64, kValueBlock = 32;  // positions
-constexpr int64_t kAhead = 1024, kLine = 64;         // bytes
-// Rows of more bytes than this are fetched ahead by hand: eight vectors of several rows at a time is an order of accesses in which the
-// processor's own prefetching loses the track (a third of the time at d = 128 in float32, nothing gained at 64).
-constexpr int64_t kTrackedRow = 256;
+// Eight vectors of several rows at a time is an order of accesses in which the processor's own prefetching loses the track.
+constexpr int64_t kAhead = 6144, kLine = 64;  // bytes
 
 // Asks for `bytes` bytes at p, a multiple of a line.
 template <int bytes>
@@ -30,13 +28,13 @@ AREAL_INLINE float dot(const float* a, const T* b, int64_t n) {
 }
 
 // Scores of `Heads` heads (rows of q, d apart) for the 8 / Heads keys at k: head h, key j at scores[h * stride + j].
-template <int Heads, bool Fetch, typename T>
+template <int Heads, typename T>
 AREAL_INLINE void score_keys(const float* q, const T* k, int64_t d, float* scores, int64_t stride) {
   constexpr int kKeys = 8 / Heads;
   Float8 sums[8] = {};
   int64_t c = 0;
   for (; c + kWidth <= d; c += kWidth) {
-    if constexpr (Fetch) fetch<kKeys * kWidth * sizeof(T)>(reinterpret_cast<const char*>(k + c * kKeys) + kAhead);
+    fetch<kKeys * kWidth * sizeof(T)>(reinterpret_cast<const char*>(k + c * kKeys) + kAhead);
     Float8 keys[kKeys];
     for (int j = 0; j < kKeys; ++j) keys[j] = load8(k + j * d + c);
     for (int h = 0; h < Heads; ++h) {
@@ -51,25 +49,25 @@ AREAL_INLINE void score_keys(const float* q, const T* k, int64_t d, float* score
   for (int h = 0; h < Heads; ++h) __builtin_memcpy(scores + h * stride, totals + h * kKeys, kKeys * sizeof(float));
 }
 
-template <int Heads, bool Fetch, typename T>
+template <int Heads, typename T>
 AREAL_INLINE void score_block(const float* q, const T* k, int64_t n, int64_t d, float* scores, int64_t stride) {
   constexpr int64_t kKeys = 8 / Heads;
   int64_t j = 0;
-  for (; j + kKeys <= n; j += kKeys) score_keys<Heads, Fetch>(q, k + j * d, d, scores + j, stride);
+  for (; j + kKeys <= n; j += kKeys) score_keys<Heads>(q, k + j * d, d, scores + j, stride);
   for (; j < n; ++j)
     for (int h = 0; h < Heads; ++h) scores[h * stride + j] = dot(q + h * d, k + j * d, d);
 }
 
 // out[h * d ..] += sum over j < n of weights[h * stride + j] * v[j * d ..], 8 * Vectors columns. Few accumulators come in two chains,
 // since one would wait on its own results. From `ahead` on is what it fetches for the next block, the share of these columns.
-template <int Heads, int Vectors, bool Fetch, typename T>
+template <int Heads, int Vectors, typename T>
 AREAL_INLINE void add_values(const float* weights, int64_t stride, const T* v, const T* ahead, int64_t n, int64_t d, float* out) {
   constexpr int kChains = Heads * Vectors >= 8 ? 1 : 2;
   Float8 sums[kChains][Heads][Vectors] = {};
   int64_t j = 0;
   for (; j + kChains <= n; j += kChains)
     for (int chain = 0; chain < kChains; ++chain) {
-      if constexpr (Fetch) fetch<Vectors * kWidth * sizeof(T)>(ahead + (j + chain) * Vectors * kWidth);
+      fetch<Vectors * kWidth * sizeof(T)>(ahead + (j + chain) * Vectors * kWidth);
       Float8 values[Vectors];
       for (int i = 0; i < Vectors; ++i) values[i] = load8(v + (j + chain) * d + i * kWidth);
       for (int h = 0; h < Heads; ++h)
@@ -86,12 +84,12 @@ AREAL_INLINE void add_values(const float* weights, int64_t stride, const T* v, c
 }
 
 // All columns from c on: as many vectors at a time as there are, `Vectors` at most, then single ones.
-template <int Heads, int Vectors, bool Fetch, typename T>
+template <int Heads, int Vectors, typename T>
 AREAL_INLINE void add_columns(const float* weights, int64_t stride, const T* v, int64_t n, int64_t d, int64_t c, float* out) {
   for (; c + Vectors * kWidth <= d; c += Vectors * kWidth)
-    add_values<Heads, Vectors, Fetch>(weights, stride, v + c, v + n * (d + c), n, d, out + c);
+    add_values<Heads, Vectors>(weights, stride, v + c, v + n * (d + c), n, d, out + c);
   if constexpr (Vectors > 1) {
-    add_columns<Heads, Vectors - 1, Fetch>(weights, stride, v, n, d, c, out);
+    add_columns<Heads, Vectors - 1>(weights, stride, v, n, d, c, out);
   } else {
     for (; c < d; ++c)
       for (int h = 0; h < Heads; ++h) {
@@ -141,19 +139,19 @@ AREAL_INLINE float exponentiate(float* scores, int64_t n, float softcap) {
 
 // The `group` query heads of one row and one K/V head over n keys. q [group, d] is scaled already (with a soft cap: divided by it);
 // scores is [group, stride], stride >= n rounded up to whole vectors; out [group, d] may hold anything.
-template <bool Fetch, typename T>
+template <typename T>
 AREAL_INLINE void attend_group(const float* q, const T* k, const T* v, int64_t group, int64_t n, int64_t d, float softcap, float* sums,
                                float* scores, int64_t stride, float* out) {
   for (int64_t j = 0; j < n; j += kKeyBlock) {
     const int64_t keys = n - j < kKeyBlock ? n - j : kKeyBlock;
-#define AREAL_SCORE(heads, h) score_block<heads, Fetch>(q + h * d, k + j * d, keys, d, scores + h * stride + j, stride)
+#define AREAL_SCORE(heads, h) score_block<heads>(q + h * d, k + j * d, keys, d, scores + h * stride + j, stride)
     AREAL_HEAD_RUNS(group, AREAL_SCORE);
   }
   for (int64_t h = 0; h < group; ++h) sums[h] = exponentiate(scores + h * stride, n, softcap);
   for (int64_t i = 0; i < group * d; ++i) out[i] = 0;
   for (int64_t j = 0; j < n; j += kValueBlock) {
     const int64_t keys = n - j < kValueBlock ? n - j : kValueBlock;
-#define AREAL_ADD(heads, h) add_columns<heads, 8 / heads, Fetch>(scores + h * stride + j, stride, v + j * d, keys, d, 0, out + h * d)
+#define AREAL_ADD(heads, h) add_columns<heads, 8 / heads>(scores + h * stride + j, stride, v + j * d, keys, d, 0, out + h * d)
     AREAL_HEAD_RUNS(group, AREAL_ADD);
   }
   for (int64_t h = 0; h < group; ++h) {
@@ -162,7 +160,7 @@ AREAL_INLINE void attend_group(const float* q, const T* k, const T* v, int64_t g
   }
 }
 
-template <bool Fetch, typename T>
+template <typename T>
 AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
   const int64_t group = call.heads / call.kv_heads, d = call.d;
   const float scaling = call.softcap > 0 ? call.scaling / call.softcap : call.scaling;
@@ -182,8 +180,8 @@ AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64
     if (length == 0)
       for (int64_t i = 0; i < group * d; ++i) out[i] = 0;
     else
-      attend_group<Fetch>(queries, static_cast<const T*>(call.k_cache) + start, static_cast<const T*>(call.v_cache) + start, group,
-                          length - first, d, call.softcap, sums, scores, stride, out);
+      attend_group(queries, static_cast<const T*>(call.k_cache) + start, static_cast<const T*>(call.v_cache) + start, group, length - first,
+                   d, call.softcap, sums, scores, stride, out);
     if (++kv_head == call.kv_heads) {
       kv_head = 0;
       ++row;
@@ -191,21 +189,13 @@ AREAL_INLINE void attend_items(const DecodeAttention& call, int64_t begin, int64
   }
 }
 
-template <typename T>
-AREAL_INLINE void attend_rows_of(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
-  if (call.d * static_cast<int64_t>(sizeof(T)) > kTrackedRow)
-    attend_items<true, T>(call, begin, end, scratch, stride);
-  else
-    attend_items<false, T>(call, begin, end, scratch, stride);
-}
-
 // Items (row, K/V head) from begin to end. scratch has heads / kv_heads * (d + 1 + stride) floats; stride is the largest number of
 // positions that a row sees, rounded up to whole vectors.
 void decode_items(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch, int64_t stride) {
   if (call.bf16)
-    attend_rows_of<BFloat16>(call, begin, end, scratch, stride);
+    attend_items<BFloat16>(call, begin, end, scratch, stride);
   else
-    attend_rows_of<float>(call, begin, end, scratch, stride);
+    attend_items<float>(call, begin, end, scratch, stride);
 }
 
 #undef AREAL_HEAD_RUNS
