@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from areal.ops._dispatch import BackendUnavailable, choose_backend
+from areal.ops import logprob_entropy, ppo_loss
+from areal.ops._dispatch import BackendUnavailable, backend_for, choose_backend
 
 CANDIDATES = {"cuda": "torch finds no CUDA device", "cpp": None, "torch": None}
 
@@ -40,3 +42,16 @@ def test_forced_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("AREAL_OPS", "fast")
     with pytest.raises(ValueError, match="AREAL_OPS='fast': op has the backends cuda, cpp, torch"):
         choose_backend("op", CANDIDATES)
+
+
+def test_cpp_takes_tensors_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AREAL_OPS", raising=False)
+    for device in "meta", "mps", "xpu":
+        assert backend_for("op", torch.device(device), None, has=("torch", "cpp")) == "torch"
+    with pytest.raises(BackendUnavailable, match="on the device meta|not built"):
+        backend_for("op", torch.device("meta"), "cpp", has=("torch", "cpp"))
+    floats, mask = torch.empty(5, device="meta"), torch.empty(5, dtype=torch.bool, device="meta")
+    loss, stats = ppo_loss(floats, floats, floats, floats, mask, eps_clip=0.2, denominator=2.0)
+    assert loss.is_meta and stats["ratio"].is_meta
+    logprobs, _ = logprob_entropy(torch.empty(5, 3, device="meta"), torch.empty(5, dtype=torch.int64, device="meta"))
+    assert logprobs.shape == (5,) and logprobs.is_meta

@@ -250,6 +250,21 @@ def test_equals_its_parts() -> None:
         assert norm_error(w.grad, other[1].grad) < 1e-6
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=pytest.mark.skipif(bool(missing_cpp()), reason="needs areal._C"))])
+def test_old_policies_and_advantages_are_constants(backend: Any) -> None:
+    x = inputs(7, 12, 8, 30, torch.float32, "cpu")
+    hidden, weight = leaves(x.pop("hidden"), x.pop("weight"))
+    names = "proximal_logprobs", "behavior_logprobs", "advantages"
+    for name in names:
+        x[name].requires_grad_()
+    denominator = torch.tensor(9.0, requires_grad=True)
+    got = linear_ppo_loss(hidden, weight, **x, eps_clip=0.2, denominator=denominator, entropy_coef=0.1, backend=backend)
+    assert not got.logprobs.requires_grad and not got.entropy.requires_grad
+    got.loss.backward()
+    assert hidden.grad is not None and denominator.grad is None and all(x[name].grad is None for name in names)
+
+
 def test_on_policy_ratios_are_exactly_one() -> None:
     x = inputs(10, 100, 16, 60, torch.float32, "cpu")
     stats = linear_ppo_loss(**{**x, "proximal_logprobs": None}, eps_clip=0.2, denominator=50.0).stats
@@ -340,7 +355,13 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
         ({"objective": "gspo"}, "objective is 'gspo'"),
         ({"eps_clip": -0.1}, "eps_clip is -0.1"),
         ({"normalization": "mean"}, "normalization is 'mean'"),
-        ({"normalization": "sequence"}, "needs cu_seqlens"),
+        ({"normalization": "sequence"}, "cu_seqlens is None"),
+        ({"normalization": "sequence", "cu_seqlens": [0, 4]}, "cu_seqlens is a list"),
+        ({"normalization": "sequence", "cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is int64; it must be int32"),
+        ({"normalization": "sequence", "cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, "cu_seqlens has the shape"),
+        ({"denominator": 0}, "denominator is 0"),
+        ({"denominator": torch.ones(1)}, "denominator has the shape"),
+        ({"fixed_length": 8}, "fixed_length is 8"),
         ({"normalization": "fixed"}, "fixed_length is None"),
         ({"proximal_logprobs": torch.zeros(3)}, "proximal_logprobs has the shape"),
         ({"behavior_logprobs": torch.zeros(4).double()}, "behavior_logprobs is float64"),

@@ -251,6 +251,9 @@ def test_in_place(on_backend: tuple[str, str]) -> None:
         (square + logprobs.sum()).backward()
     with pytest.raises(ValueError, match="logits, which is a leaf"):
         logprob_entropy(weight, torch.zeros(8, dtype=torch.int64, device=device), backend=backend, inplace_backward=True)
+    with pytest.raises(ValueError, match="a view of one"):
+        view = weight.view(16, 150)
+        logprob_entropy(view, torch.zeros(16, dtype=torch.int64, device=device), backend=backend, inplace_backward=True)
 
 
 @pytest.mark.parametrize(("backend", "device"), COMPILED)

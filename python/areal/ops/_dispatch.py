@@ -131,8 +131,8 @@ def _backend_for(op: str, device_type: str, has: tuple[str, ...], unfit: tuple[t
                 reasons[name] = missing_cuda() or (None if on_cuda or _emulates_cuda() else "the tensors are on the CPU")
             case _:
                 reasons[name] = None
-    if "cpp" in has and on_cuda:
-        reasons["cpp"] = "the tensors are on a GPU"
+    if "cpp" in has and device_type != "cpu":
+        reasons["cpp"] = "the tensors are on a GPU" if on_cuda else f"the tensors are on the device {device_type}"
     for name, why in unfit:
         reasons[name] = reasons[name] or why
     return choose_backend(op, reasons, forced)
@@ -141,7 +141,7 @@ def _backend_for(op: str, device_type: str, has: tuple[str, ...], unfit: tuple[t
 def backend_for(
     op: str, device: torch.device, backend: str | None, *, has: tuple[str, ...], unfit: tuple[tuple[str, str], ...] = ()
 ) -> str:
-    """The backend for tensors on ``device``: the first of cuda, triton, torch on a GPU, of cpp, torch elsewhere.
+    """The backend for tensors on ``device``: the first of cuda, triton, torch on a GPU, of cpp, torch on the CPU, torch elsewhere.
 
     ``has`` names the backends that the op has at all, ``unfit`` those that cannot take these tensors, with the reason. A forced one
     (``backend``, or ``AREAL_OPS``) that cannot run is ``BackendUnavailable``, an unknown one ``UnknownBackend``.

@@ -108,8 +108,8 @@ def linear_ppo_loss(
         hidden.detach(),
         weight.detach(),
         targets,
-        proximal_logprobs,
-        [behavior_logprobs, advantages, weights],
+        None if proximal_logprobs is None else proximal_logprobs.detach(),
+        [behavior_logprobs.detach(), advantages.detach(), weights.detach()],
         [float(x) for x in parameters],
         [temperature, entropy_coef],
         budget,
@@ -181,16 +181,21 @@ def _loss_weights(
 ) -> Tensor:
     """m_t / denominator, [T]: 0 for tokens without loss."""
     choice(_OP, "normalization", normalization, "token", "sequence", "fixed")
+    if isinstance(denominator, Tensor):
+        check_tensor(_OP, "denominator", denominator, (), (denominator.dtype,), loss_mask.device)
+    elif not denominator > 0:
+        raise ValueError(f"{_OP}: denominator is {denominator}; it must be above 0")
+    if (normalization == "fixed") != (fixed_length is not None) or (fixed_length is not None and not fixed_length > 0):
+        raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
     weights = loss_mask.to(dtype)
     if normalization == "sequence":
         if cu_seqlens is None:
-            raise ValueError(f"{_OP}: normalization='sequence' needs cu_seqlens")
+            raise ValueError(f"{_OP}: cu_seqlens is None; normalization='sequence' needs it")
+        check_tensor(_OP, "cu_seqlens", cu_seqlens, (None,), (torch.int32,), loss_mask.device)
         sequences, inside = _sequences(cu_seqlens, loss_mask.shape[0])
         weights = weights * inside
         weights = weights / sequences.sums(weights).clamp(min=1.0)
-    if normalization == "fixed":
-        if fixed_length is None or not fixed_length > 0:
-            raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed' needs it, above 0")
+    if fixed_length is not None:
         weights = weights / fixed_length
     return weights / denominator
 

@@ -66,9 +66,10 @@ def logprob_entropy(
     if not (torch.is_grad_enabled() and logits.requires_grad):
         logprobs, entropy, _ = _forward_op(logits, targets, temperature, which)
         return logprobs, entropy
-    if inplace_backward and logits.is_leaf:
-        raise ValueError(f"{_OP}: inplace_backward=True would overwrite logits, which is a leaf: its gradient would be itself")
-    return _LogprobEntropy.apply(logits, targets, temperature, which, inplace_backward and not torch.compiler.is_compiling())
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    if inplace and (logits.is_leaf or (logits._base is not None and logits._base.is_leaf)):
+        raise ValueError(f"{_OP}: inplace_backward=True would overwrite logits, which is a leaf, or a view of one: its gradient would be itself")
+    return _LogprobEntropy.apply(logits, targets, temperature, which, inplace)
 
 
 class _LogprobEntropy(torch.autograd.Function):
