@@ -68,7 +68,9 @@ def logprob_entropy(
         return logprobs, entropy
     inplace = inplace_backward and not torch.compiler.is_compiling()
     if inplace and (logits.is_leaf or (logits._base is not None and logits._base.is_leaf)):
-        raise ValueError(f"{_OP}: inplace_backward=True would overwrite logits, which is a leaf, or a view of one: its gradient would be itself")
+        raise ValueError(
+            f"{_OP}: inplace_backward=True would overwrite logits, which is a leaf, or a view of one: its gradient would be itself"
+        )
     return _LogprobEntropy.apply(logits, targets, temperature, which, inplace)
 
 
