@@ -81,6 +81,8 @@ def linear_ppo_loss(
     Args:
         hidden, weight, targets, temperature, memory_budget: as in ``linear_logprob_entropy``. Gradients take their own memory besides:
             those of hidden and weight, and, for a 16-bit weight and more than one chunk, float32 for that of the weight until it is summed.
+            They exist before a gradient scaler can act, so that those of float16 lose digits where ``denominator`` is large; train
+            float16 heads by ``linear_logprob_entropy`` and ``ppo_loss``.
         proximal_logprobs: float32 [T], or None: the current policy is the proximal one (ratio 1), as in the first mini-batch of a step.
         behavior_logprobs, advantages: float32 [T].
         loss_mask: bool [T].
@@ -309,6 +311,7 @@ def _rows_torch(
     if gradients:
         g = ppo_token_gradient(parameters, current, current if proximal is None else proximal, behavior, advantages, weights)
         differentiate_("torch", logits, targets, temperature, row_entropy, statistics, g, -entropy_coef * weights)
+        logits.masked_fill_((weights == 0).unsqueeze(1), 0.0)  # 0 * NaN is NaN, in d(weight) for all tokens
 
 
 def _rows_cpp(
