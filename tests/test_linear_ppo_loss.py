@@ -372,6 +372,7 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
         ({"targets": torch.full((4,), 30)}, "targets has values"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"memory_budget": -1}, "memory_budget is -1"),
+        ({"memory_budget": 1e9}, "memory_budget is 1000000000.0"),
         ({"backend": "cuda"}, "has the backends"),
     ],
 )

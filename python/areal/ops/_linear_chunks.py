@@ -29,8 +29,8 @@ def memory_budget_for(op: str, device: torch.device, memory_budget: int | None) 
     """The given budget, checked, or the default of the device; bytes."""
     if memory_budget is None:
         return _DEFAULT_BUDGET.get(device.type, _DEFAULT_BUDGET["cuda"])
-    if memory_budget <= 0:
-        raise ValueError(f"{op}: memory_budget is {memory_budget}; it must be a positive number of bytes")
+    if not isinstance(memory_budget, int) or memory_budget <= 0:
+        raise ValueError(f"{op}: memory_budget is {memory_budget}; it must be a whole number of bytes above 0")
     return memory_budget
 
 
@@ -150,6 +150,8 @@ def _products_accumulate_float32(device: torch.device, dtype: torch.dtype) -> bo
     a, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, a.t(), a, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:  # says nothing about the product, and the answer is kept
+        raise
     except (RuntimeError, TypeError):
         return False
     return True
