@@ -254,3 +254,20 @@ def test_token_gradient_is_that_of_the_loss(variant):
     gradient = run(x, dtype=torch.float64, denominator=11.0, **options)[2]
     of_tokens = ppo_token_gradient(ppo_parameters("test", **options), *list(x.values())[:4], x["loss_mask"] / 11.0)
     torch.testing.assert_close(of_tokens, gradient, rtol=1e-6, atol=1e-12)  # the loss weights are float32
+
+
+@pytest.mark.parametrize(("backend", "device"), ALL)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_filtered_token_without_probability_has_gradient_0(level, backend, device, on_backend):
+    proximal = torch.tensor([-1.0, -float("inf"), -1.0, -2.0], device=device)
+    logprobs = proximal.clone().requires_grad_()
+    behavior = torch.full((4,), -1.5, device=device)
+    options = {"ratio_level": level, "behav_filter_level": level, "behav_filter_cap": 2.0}
+    cu_seqlens = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
+    rest = proximal, behavior, torch.ones(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    loss, stats = ppo_loss(logprobs, *rest, eps_clip=0.2, denominator=4.0, cu_seqlens=cu_seqlens, backend=backend, **options)
+    loss.backward()
+    dropped = [1] if level == "token" else [0, 1]
+    assert loss.isfinite() and int(stats["filtered"]) == len(dropped)
+    assert logprobs.grad.isfinite().all()
+    assert [i for i in range(4) if logprobs.grad[i] == 0.0] == dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,20 +57,25 @@ def ppo_loss_torch(
     if cu_seqlens is not None and options.of_sequences:
         sequences, inside = _sequences(cu_seqlens, len(logprobs))
         counted = counted & inside
-    moved = log_ratio(logprobs, proximal if p.decoupled else behavior.detach(), counted)
     stale = log_ratio(proximal, behavior.detach(), counted)
-    ratio, weight_ratio, filter_ratio = moved.ratio, stale.ratio, stale.ratio
+    weight_ratio, filter_ratio = stale.ratio, stale.ratio
     weights = counted.to(logprobs.dtype) / options.fixed_length
     if sequences is not None:
         n = sequences.sums(counted.to(logprobs.dtype)).clamp(min=1.0)
-        if options.sequence_ratio:
-            ratio = (sequences.sums(moved.log) / n).exp()
         if options.sequence_weight:
             weight_ratio = sequences.sums(stale.log).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         if options.sequence_filter:
             filter_ratio = (sequences.sums(stale.log) / n).exp()
         if options.sequence_mean:
             weights = weights / n
+    if math.isfinite(p.filter_upper) and (options.sequence_filter or not options.sequence_ratio):
+        # Nothing depends on a filtered token (or sequence): the 0 that comes back to it must not become 0 * NaN in the gradient of exp.
+        dropped = (filter_ratio > p.filter_upper) | (filter_ratio < p.filter_lower)
+        logprobs = torch.where(dropped, logprobs.detach(), logprobs)
+    moved = log_ratio(logprobs, proximal if p.decoupled else behavior.detach(), counted)
+    ratio = moved.ratio
+    if sequences is not None and options.sequence_ratio:
+        ratio = (sequences.sums(moved.log) / n).exp()
 
     term = ppo_term(p, counted, logprobs, advantages.detach(), ratio, weight_ratio, filter_ratio)
     loss = -(weights * term.objective).sum() / denominator
