@@ -103,6 +103,7 @@ def test_wrong_arguments() -> None:
         "no size may be negative": {"group_sizes": [7, -1]},
         "mean is 'median'; it must be one of group, batch, leave_one_out, none": {"mean": "median"},
         "std is 'leave_one_out'; it must be one of": {"std": "leave_one_out"},
+        "weights is a list; it must be a tensor": {"weights": [1.0] * 6},
         r"weights has the shape \[5\]; it must be \[6\]": {"weights": torch.ones(5)},
     }.items():
         with pytest.raises(ValueError, match=f"normalize_advantages: .*{message}|{message}"):

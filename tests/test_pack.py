@@ -157,6 +157,8 @@ def test_gradients(on_backend: tuple[str, str]) -> None:
     assert torch.autograd.gradcheck(padded, (x, y.detach()))
     assert torch.autograd.gradcheck(ragged, rows)
     assert torch.autograd.gradcheck(back, (column,))
+    assert torch.autograd.gradgradcheck(lambda x, y: padded(x**2, y), (x, y))
+    assert torch.autograd.gradgradcheck(lambda column: back(column**2), (column,))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -272,6 +274,8 @@ def padded_case(**changes: Any) -> tuple[Any, dict[str, Any]]:
         (({"a": [torch.zeros(2), torch.zeros(2).int()]}, {}), "torch.float32 and torch.int32"),
         (({"a": [torch.zeros(2), torch.zeros(2, device="meta")]}, {}), "is on cpu, meta"),
         (({"a": [torch.zeros(4)[::2]]}, {}), "not contiguous"),
+        (({"a": [torch.zeros(2), [0.0]]}, {}), r"fields\['a'\] has entries that are no tensors"),
+        (padded_case(total=-1), "total=-1; it must be from 0"),
         (({"a": [torch.zeros(4)]}, {"total": 3}), "total=3; it must be at least the 4 tokens"),
         (padded_case(backend="numpy"), "pack has the backends"),
     ],
@@ -303,3 +307,9 @@ def test_mistakes_in_unpack_are_named(changes: dict[str, Any], message: str) -> 
     arguments = {"packed": torch.zeros(5), "cu_seqlens": torch.tensor([0, 2, 5]).int()} | changes
     with pytest.raises(ValueError, match=message):
         unpack(arguments.pop("packed"), arguments.pop("cu_seqlens"), **arguments)
+
+
+@pytest.mark.parametrize("ends", [[0, 6], [0, 4, 2], [1, 5]])
+def test_unpack_ragged_checks_where_sequences_end(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="unpack_ragged: cu_seqlens must ascend from 0"):
+        unpack_ragged(torch.zeros(5), torch.tensor(ends).int())

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from areal.ops import _linear_rows
 from areal.ops._linear_chunks import HeadGradients, LogitChunks, check_head, check_targets, memory_budget_for
@@ -35,7 +36,7 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and the entropies of these distributions, in nats.
 
-    Differentiable in hidden and weight, through both results. Do not put it under activation checkpointing: it recomputes by itself.
+    Differentiable in hidden and weight, through both results, once. Do not put it under activation checkpointing: it recomputes by itself.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64, contiguous; logits have this dtype, what is computed from them is float32.
@@ -146,6 +147,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g_logprobs: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy, statistics = ctx.saved_tensors
         temperature, budget, backend = ctx.options

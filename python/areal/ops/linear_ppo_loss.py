@@ -181,16 +181,23 @@ def _loss_weights(
 ) -> Tensor:
     """m_t / denominator, [T]: 0 for tokens without loss."""
     choice(_OP, "normalization", normalization, "token", "sequence", "fixed")
+    if not isinstance(denominator, Tensor):
+        if not denominator > 0:
+            raise ValueError(f"{_OP}: denominator is {denominator}; it must be above 0")
+    elif denominator.dim() != 0 or denominator.device != loss_mask.device:
+        found = f"has the shape {list(denominator.shape)} and is on {denominator.device}"
+        raise ValueError(f"{_OP}: denominator {found}; it must be a number or a tensor of shape [] on {loss_mask.device}")
     weights = loss_mask.to(dtype)
     if normalization == "sequence":
         if cu_seqlens is None:
             raise ValueError(f"{_OP}: normalization='sequence' needs cu_seqlens")
+        check_tensor(_OP, "cu_seqlens", cu_seqlens, (None,), (torch.int32,), loss_mask.device)
         sequences, inside = _sequences(cu_seqlens, loss_mask.shape[0])
         weights = weights * inside
         weights = weights / sequences.sums(weights).clamp(min=1.0)
-    if normalization == "fixed":
-        if fixed_length is None or not fixed_length > 0:
-            raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed' needs it, above 0")
+    if (normalization == "fixed") != (fixed_length is not None) or (fixed_length is not None and not fixed_length > 0):
+        raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
+    if fixed_length is not None:
         weights = weights / fixed_length
     return weights / denominator
 

@@ -40,7 +40,7 @@ def normalize_advantages(
     op = "normalize_advantages"
     check_tensor(op, "values", values, (None,), (torch.float32, torch.float64, torch.bfloat16, torch.float16))
     if weights is not None:
-        check_tensor(op, "weights", weights, (len(values),), (weights.dtype,), values.device)
+        check_tensor(op, "weights", weights, (len(values),), (getattr(weights, "dtype", torch.float32),), values.device)
     for name, level, levels in (("mean", mean, get_args(MeanLevel)), ("std", std, get_args(StdLevel))):
         if level not in levels:
             raise ValueError(f"{op}: {name} is '{level}'; it must be one of {', '.join(levels)}")
