@@ -122,6 +122,16 @@ def test_every_switch_in_float64(name: str) -> None:
     compare(None, {**x, "proximal_logprobs": None}, 1.0, None, 1e-11, **SWITCHES[name])
 
 
+def test_gradcheck() -> None:
+    x = inputs(3, 6, 4, 9, torch.float64, "cpu")
+    leaves = x.pop("hidden").requires_grad_(), x.pop("weight").requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_ppo_loss(hidden, weight, **x, eps_clip=0.2, denominator=4.0, entropy_coef=0.3, temperature=0.8).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (3, 9), (129, 300), (5, 1025), (2, 4500)])
 def test_shapes(on_backend: tuple[str, str], tokens: int, vocabulary: int) -> None:
