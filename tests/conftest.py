@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -136,3 +136,17 @@ def on_backend(request: pytest.FixtureRequest, backend: str, device: str) -> tup
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     return backend, device
+
+
+@pytest.fixture
+def areal_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets AREAL_OPS during the test."""
+    from areal.ops import _dispatch
+
+    def force(setting: str) -> None:
+        monkeypatch.setenv("AREAL_OPS", setting)
+        _dispatch.forget_choices()
+
+    yield force
+    monkeypatch.undo()
+    _dispatch.forget_choices()

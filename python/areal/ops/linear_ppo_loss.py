@@ -83,7 +83,7 @@ def linear_ppo_loss(
             those of hidden and weight, and, for a 16-bit weight and more than one chunk, float32 for that of the weight until it is summed.
         proximal_logprobs: float32 [T], or None: the current policy is the proximal one (ratio 1), as in the first mini-batch of a step.
         behavior_logprobs, advantages: float32 [T].
-        loss_mask: bool [T].
+        loss_mask: bool or float32 [T], False or 0 where a token does not count.
         denominator and the others: as in ``ppo_loss``; the entropy bonus needs no ``entropy`` here. What is of level "sequence" needs all
             log-probs of a sequence before the first gradient, which is what this op does without: a ``ValueError``.
         backend: as in ``linear_logprob_entropy``, without cuda.
@@ -101,6 +101,7 @@ def linear_ppo_loss(
     )
     budget = memory_budget_for(_OP, hidden.device, memory_budget)
     which = choose(_OP, hidden, backend, has=("torch", "cpp", "triton"))
+    loss_mask = loss_mask != 0
     weights = _loss_weights(loss_mask, behavior_logprobs.dtype, denominator, normalization, fixed_length, cu_seqlens)
     grads = torch.is_grad_enabled()
     needs_hidden, needs_weight = grads and hidden.requires_grad, grads and weight.requires_grad
@@ -168,7 +169,7 @@ def _check(
         check_tensor(_OP, "proximal_logprobs", proximal, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "behavior_logprobs", behavior, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "advantages", advantages, tokens, (dtype,), hidden.device)
-    check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool,), hidden.device)
+    check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool, torch.float32), hidden.device)
 
 
 def _loss_weights(
