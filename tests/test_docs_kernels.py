@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ def blocks() -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
 
-def test_the_examples_run_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AREAL_OPS", raising=False)
+def test_the_examples_run_in_their_order(areal_ops: Callable[[str], None]) -> None:
+    areal_ops("")
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "kernels"}
     found = blocks()

@@ -359,7 +359,7 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
         ({"proximal_logprobs": torch.zeros(3)}, "proximal_logprobs has the shape"),
         ({"behavior_logprobs": torch.zeros(4).double()}, "behavior_logprobs is float64"),
         ({"advantages": torch.zeros(8)[::2]}, "advantages is not contiguous"),
-        ({"loss_mask": torch.ones(4)}, "loss_mask is float32; it must be bool"),
+        ({"loss_mask": torch.ones(4).double()}, "loss_mask is float64; it must be bool or float32"),
         ({"weight": torch.zeros(5, 3)}, "weight has the shape"),
         ({"targets": torch.full((4,), 30)}, "targets has values"),
         ({"temperature": -1.0}, "temperature is -1.0"),
