@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import compiled_module
+from areal.ops._pointer_table import on_device
 from areal.ops._registration import cuda_stream, define_op
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -180,7 +181,8 @@ def _pack(
     module = compiled_module()
     assert module is not None
     if backend == "cuda":
-        module.pack_cuda(rows, layout, derived, cuda_stream(cu_seqlens))
+        with on_device(cu_seqlens):
+            module.pack_cuda(rows, layout, derived, cuda_stream(cu_seqlens))
     else:
         module.pack(rows, layout, derived, torch.get_num_threads())
     return made
@@ -250,7 +252,8 @@ def _unpack(sources: list[Tensor], fills: list[float], cu_seqlens: Tensor, start
     module = compiled_module()
     assert module is not None
     if backend == "cuda":
-        module.unpack_cuda(rows, layout, cuda_stream(cu_seqlens))
+        with on_device(cu_seqlens):
+            module.unpack_cuda(rows, layout, cuda_stream(cu_seqlens))
     else:
         module.unpack(rows, layout, torch.get_num_threads())
     return made

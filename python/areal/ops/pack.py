@@ -96,6 +96,8 @@ def _pack_padded(
     for name, field in fields.items():
         check_tensor("pack", f"fields['{name}']", field, shape, (field.dtype,), first.device)
         _check_bytes("pack", f"fields['{name}']", field.dtype)
+    if total is not None and not 0 <= total < 2**31:
+        raise ValueError(f"pack: total={total}; it must be at least the number of tokens, and below 2^31")
     if (lengths is None) == (mask is None):
         raise ValueError("pack: padded fields need either lengths [n] or attention_mask [n, L]")
     if lengths is not None:
