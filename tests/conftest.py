@@ -61,7 +61,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     # Here, because it takes a minute, which would count against the time limit of the first test that wants it.
-    wanted = any("cuda_on_host" in getattr(item, "fixturenames", ()) or "[cuda" in item.nodeid for item in session.items)
+    # Tests on a GPU do without it: their time is short.
+    on_cpu = [item for item in session.items if item.get_closest_marker("gpu") is None]
+    wanted = any("cuda_on_host" in getattr(item, "fixturenames", ()) or "[cuda" in item.nodeid for item in on_cpu)
     if wanted and not session.config.option.collectonly:
         _build_cuda_on_host()
 

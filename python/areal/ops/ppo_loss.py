@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
+from areal.ops._pointer_table import on_device
 from areal.ops._registration import check_tensor, cuda_stream, define_op
 from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters
 from areal.ops.ppo_torch import PPOOptions, ppo_loss_torch
@@ -307,7 +308,8 @@ def _implementation(
         own = results[:n_tokens] if flags & _WANTS_GRADIENT else None
         of_entropy = results[-_N_STATISTICS - n_tokens : -_N_STATISTICS] if flags & _WANTS_ENTROPY_GRADIENT else None
         inputs = (logprobs, proximal, behavior, advantages, mask, cu_seqlens, entropy, denominator)
-        triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, results[-_N_STATISTICS:], numbers, scale, flags)
+        with on_device(logprobs):
+            triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, results[-_N_STATISTICS:], numbers, scale, flags)
         return loss, results
     gradient = results.data_ptr()
     sums = gradient + 4 * n_tokens * _N_GRADIENTS[flags >> 7 & 3]
@@ -333,7 +335,8 @@ def _implementation(
     else:
         stream = cuda_stream(logprobs)
         workspace = _workspace(logprobs.device, stream, module.ppo_loss_cuda_workspace())
-        module.ppo_loss_cuda(addresses, *sizes, numbers, scale, flags, workspace.data_ptr(), stream)
+        with on_device(logprobs):
+            module.ppo_loss_cuda(addresses, *sizes, numbers, scale, flags, workspace.data_ptr(), stream)
     return loss, results
 
 
