@@ -76,4 +76,8 @@ def padded_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) ->
 
 
 def close(result: object, expected: object) -> None:
-    torch.testing.assert_close(result, expected, **({"rtol": 2e-2, "atol": 2e-2} if expected.dtype == torch.bfloat16 else {}))
+    """In bfloat16 by the norm of each head's result: averages over thousands of values are so small that 0 would be close to them."""
+    if expected.dtype != torch.bfloat16:
+        return torch.testing.assert_close(result, expected)
+    error = ((result.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).max().item()
+    assert error < 3e-2, f"differs by {error:.2g} of a head's norm"

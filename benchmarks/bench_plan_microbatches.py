@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from areal.ops.plan_microbatches import Plan, lower_bound, plan_microbatches
 from benchmarks.op_bench import Case, Seconds
 
+DEVICES = ("cpu",)
 CAPACITY, RANKS = 32768, 8
 ALGORITHMS = ("lpt", "kk", "ffd")
 LIMITS = {256: 0.001, 4096: 0.010, 100_000: 0.300}  # seconds, for the default
@@ -24,7 +25,7 @@ EFFICIENCY = 0.975
 
 
 def cases(device: str, backends: Sequence[str]) -> Iterator[Case]:
-    if device != "cpu":
+    if device not in DEVICES:
         return
     rng = np.random.default_rng(0)
     for n, limit in LIMITS.items():

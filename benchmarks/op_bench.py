@@ -108,7 +108,10 @@ def run_op(op: str, cases: Callable[[str, Sequence[str]], Iterable[Case]], setti
         if settings.deadline is not None and time.monotonic() > settings.deadline:
             yield [_not_run(op, f"from {case.label} on", case.phase, "all", f"the time was spent; the last case run is: {last}")]
             return
-        rows = _run_case(op, case, settings)
+        try:
+            rows = _run_case(op, case, settings)
+        except torch.OutOfMemoryError as error:  # of the check or the limit: the variants' own are rows of theirs
+            rows = [_not_run(op, case.label, case.phase, "all", f"out of memory: {str(error).partition('.')[0]}")]
         seen |= {_backend(name) for name in case.variants}
         last = f"{case.label}, {case.phase}"
         del case  # its tensors go before the next case makes its own

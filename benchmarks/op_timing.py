@@ -1,8 +1,8 @@
 """Clocks, memory and limits of the op benchmarks: how one call is timed, what it allocates, and what the machine can do at best.
 
 CPU: ``perf_counter`` around as many calls as fill ``SHORTEST_TIMING``, caches warm. CUDA: a pair of events around every single call,
-after a write that pushes everything else out of L2; that write also gives Python the time to enqueue the call, so that the events
-measure the device and not the interpreter, as long as enqueueing takes less than the write.
+after writes that push everything else out of L2; these also give Python the time to enqueue the call, so that the events measure the
+device and not the interpreter. There are as many of them as the host needs for the call, up to ``LONGEST_LEAD``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 SHORTEST_TIMING = 200e-6  # seconds: a CPU timing shorter than this is mostly the clock and the scheduler
 MOST_ROUNDS = 300
+LONGEST_LEAD = 10e-3  # seconds of writes before a call; one that waits for the device itself would want as many as it takes
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,42 @@ def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 class _CudaClock:
     def __init__(self) -> None:
         l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        # Half a GiB takes some 150 microseconds to write on a data-centre GPU: enough for Python to enqueue a forward and backward.
+        # Half a GiB takes some 150 microseconds to write on a data-centre GPU.
         self.flush = torch.empty(max(4 * l2_bytes, 2**29), dtype=torch.int8, device="cuda")
         self.start, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.write_seconds = min(self._elapsed(self.flush.zero_) for _ in range(3))
+        self.writes: dict[int, int] = {}  # by the id of the call
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         assert repeats == 1  # the second call of a pair would find its inputs in L2
-        self.flush.zero_()
+        if id(call) not in self.writes:
+            self.writes[id(call)] = writes_before(_host_seconds(call), self.write_seconds)
+        for _ in range(self.writes[id(call)]):
+            self.flush.zero_()
+        return self._elapsed(call)
+
+    def _elapsed(self, call: Callable[[], object]) -> float:
         self.start.record()
         call()
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1e3
+
+
+def writes_before(host_seconds: float, write_seconds: float) -> int:
+    """How many writes keep the device busy while the host enqueues a call, half as long again included, and at least one."""
+    lead = min(1.5 * host_seconds, LONGEST_LEAD)
+    return max(1, math.ceil(lead / max(write_seconds, 1e-6)))
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    """What the host needs to enqueue a call on an idle device."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
 
 
 def time_interleaved(calls: Mapping[str, Callable[[], object]], device: str, effort: Effort) -> dict[str, list[float]]:

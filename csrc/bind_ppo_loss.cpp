@@ -22,7 +22,8 @@ enum Flag {
   kSequenceRatio = 8,
   kSequenceWeight = 16,
   kSequenceFilter = 32,
-  kSequenceMean = 64
+  kSequenceMean = 64,
+  kFloatMask = 512
 };
 
 // addresses: current, proximal, behaviour, advantages, mask, cu_seqlens, entropy, denominator, gradient, entropy's gradient, loss, sums;
@@ -37,7 +38,8 @@ areal::PPOLoss make_call(const std::array<uintptr_t, 12>& addresses, int64_t tok
           floats(1),
           floats(2),
           floats(3),
-          reinterpret_cast<const uint8_t*>(addresses[4]),
+          has(kFloatMask) ? nullptr : reinterpret_cast<const uint8_t*>(addresses[4]),
+          has(kFloatMask) ? floats(4) : nullptr,
           reinterpret_cast<const int32_t*>(addresses[5]),
           floats(6),
           floats(7),

@@ -29,7 +29,8 @@ enum PPOStatistic {
 
 struct PPOLoss {
   const float *current, *proximal, *behavior, *advantages;  // [tokens]
-  const uint8_t* mask;                                      // [tokens], 0 or 1
+  const uint8_t* mask;                                      // [tokens]: a token counts unless its mask is 0; or null:
+  const float* float_mask;                                  // [tokens], the same in floats, or null
   const int32_t* cu_seqlens;                                // [sequences + 1], or null where nothing is of the sequence's level
   const float* entropy;                                     // [tokens] or null
   const float* denominator;                                 // CUDA: where `scale` is still to be divided by it; null elsewhere

@@ -28,14 +28,19 @@ AREAL_INLINE void store_some(float* p, const Float8& x, int64_t n) {
     __builtin_memcpy(p, &x, n * sizeof(float));
 }
 
-AREAL_INLINE PPOTokens load_tokens(const PPOLoss& call, int64_t at, int64_t n) {
+AREAL_INLINE Int8 load_mask(const PPOLoss& call, int64_t at, int64_t n) {
+  if (call.float_mask != nullptr) return load_some(call.float_mask + at, n) != 0.0f;
   Byte8 mask{};
   if (n == kWidth)
     __builtin_memcpy(&mask, call.mask + at, kWidth);
   else
     __builtin_memcpy(&mask, call.mask + at, n);
+  return __builtin_convertvector(mask, Int8) != 0;
+}
+
+AREAL_INLINE PPOTokens load_tokens(const PPOLoss& call, int64_t at, int64_t n) {
   return {load_some(call.current + at, n), load_some(call.proximal + at, n), load_some(call.behavior + at, n),
-          load_some(call.advantages + at, n), __builtin_convertvector(mask, Int8) != 0};
+          load_some(call.advantages + at, n), load_mask(call, at, n)};
 }
 
 // Sums of some kFlushTokens tokens, in lanes; masks are counted as the -1 that they are.

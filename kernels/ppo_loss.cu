@@ -117,18 +117,32 @@ __device__ __forceinline__ Gradients add_token(const PPOLoss& call, float scale,
   return {free ? -scale * loss_weight * term.slope : 0.0f, x.counted ? -scale * loss_weight * call.entropy_coef : 0.0f, term.slope};
 }
 
+__device__ __forceinline__ bool counts(const PPOLoss& call, int64_t at) {
+  return call.float_mask == nullptr ? call.mask[at] != 0 : call.float_mask[at] != 0.0f;
+}
+
 __device__ __forceinline__ Token load_token(const PPOLoss& call, int64_t at) {
   return {__ldcs(call.current + at),
           __ldcs(call.proximal + at),
           __ldcs(call.behavior + at),
           __ldcs(call.advantages + at),
           call.entropy == nullptr ? 0.0f : __ldcs(call.entropy + at),
-          __ldcs(call.mask + at) != 0};
+          counts(call, at)};
 }
 
 __device__ __forceinline__ float4 load4(const float* p) { return __ldcs(reinterpret_cast<const float4*>(p)); }
 
-// Token level: one pass, four tokens a thread at a time. kAligned: all pointers are multiples of 16 bytes, the mask's of 4.
+// Not 0 where the token counts.
+__device__ __forceinline__ uint4 load_mask4(const PPOLoss& call, int64_t at) {
+  if (call.float_mask == nullptr) {
+    const unsigned bytes = __ldcs(reinterpret_cast<const unsigned*>(call.mask + at));
+    return make_uint4(bytes & 0xFFu, bytes & 0xFF00u, bytes & 0xFF0000u, bytes & 0xFF000000u);
+  }
+  const float4 mask = load4(call.float_mask + at);
+  return make_uint4(mask.x != 0.0f, mask.y != 0.0f, mask.z != 0.0f, mask.w != 0.0f);
+}
+
+// Token level: one pass, four tokens a thread at a time. kAligned: all pointers are multiples of 16 bytes, that of a mask of bytes of 4.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) ppo_tokens_kernel(PPOLoss call, Workspace* workspace) {
   const float scale = full_scale(call);
@@ -141,14 +155,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) ppo_tokens_kernel(PPOL
     const float4 current = load4(call.current + at), proximal = load4(call.proximal + at);
     const float4 behavior = load4(call.behavior + at), advantages = load4(call.advantages + at);
     const float4 entropy = call.entropy == nullptr ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : load4(call.entropy + at);
-    const unsigned mask = __ldcs(reinterpret_cast<const unsigned*>(call.mask + at));  // a byte a token
-    const auto token = [&](float c, float p, float b, float a, float h, int i) {
-      return add_token<false>(call, scale, {c, p, b, a, h, (mask >> 8 * i & 0xFFu) != 0}, {}, sums);
+    const uint4 mask = load_mask4(call, at);
+    const auto token = [&](float c, float p, float b, float a, float h, unsigned m) {
+      return add_token<false>(call, scale, {c, p, b, a, h, m != 0}, {}, sums);
     };
-    const Gradients g0 = token(current.x, proximal.x, behavior.x, advantages.x, entropy.x, 0);
-    const Gradients g1 = token(current.y, proximal.y, behavior.y, advantages.y, entropy.y, 1);
-    const Gradients g2 = token(current.z, proximal.z, behavior.z, advantages.z, entropy.z, 2);
-    const Gradients g3 = token(current.w, proximal.w, behavior.w, advantages.w, entropy.w, 3);
+    const Gradients g0 = token(current.x, proximal.x, behavior.x, advantages.x, entropy.x, mask.x);
+    const Gradients g1 = token(current.y, proximal.y, behavior.y, advantages.y, entropy.y, mask.y);
+    const Gradients g2 = token(current.z, proximal.z, behavior.z, advantages.z, entropy.z, mask.z);
+    const Gradients g3 = token(current.w, proximal.w, behavior.w, advantages.w, entropy.w, mask.w);
     if (call.gradient != nullptr)
       __stcs(reinterpret_cast<float4*>(call.gradient + at), make_float4(g0.current, g1.current, g2.current, g3.current));
     if (call.entropy_gradient != nullptr)
@@ -185,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) ppo_sequences_kernel(P
     const int64_t begin = bound(sequence), end = bound(sequence + 1);
     float log_sums[3] = {};
     for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-      const bool counted = call.mask[at] != 0;
+      const bool counted = counts(call, at);
       log_sums[0] += counted ? 1.0f : 0.0f;
       log_sums[1] += device::log_ratio(call.current[at], p.decoupled ? call.proximal[at] : call.behavior[at], counted).log;
       log_sums[2] += device::log_ratio(call.proximal[at], call.behavior[at], counted).log;
@@ -204,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) ppo_sequences_kernel(P
     // d(log of the geometric mean) / d(log-prob) is 1 / n for each of its tokens.
     const float gradient = -scale * shared.loss_weight * shared.mean * slope[0];
     for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-      const bool counted = call.mask[at] != 0;
+      const bool counted = counts(call, at);
       const bool free = device::log_ratio(call.current[at], p.decoupled ? call.proximal[at] : call.behavior[at], counted).free;
       call.gradient[at] = counted && free ? gradient : 0.0f;
     }
@@ -227,7 +241,7 @@ const char* ppo_loss_cuda(const PPOLoss& call, void* workspace, uintptr_t stream
   constexpr int64_t kPerBlock = kThreads * kPerThread;
   const unsigned grid = blocks((call.tokens + kPerBlock - 1) / kPerBlock);
   uintptr_t bits = reinterpret_cast<uintptr_t>(call.mask) * 4;
-  for (const float* p : {call.current, call.proximal, call.behavior, call.advantages, call.entropy,
+  for (const float* p : {call.float_mask, call.current, call.proximal, call.behavior, call.advantages, call.entropy,
                          static_cast<const float*>(call.gradient), static_cast<const float*>(call.entropy_gradient)})
     bits |= reinterpret_cast<uintptr_t>(p);
   if (bits % 16 == 0)

@@ -349,7 +349,18 @@ def ppo_loss(
     block, warps = (4096, 8) if n_tokens >= 1 << 20 and not of_sequences else (1024, 4)
     programs = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else triton.cdiv(n_tokens, block)
     partial = torch.zeros(max(1, programs), _ROW, device=logprobs.device)
-    tensors = (logprobs, proximal, behavior, advantages, mask.view(torch.uint8), entropy, denominator, gradient, entropy_gradient, partial)
+    tensors = (
+        logprobs,
+        proximal,
+        behavior,
+        advantages,
+        mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        entropy,
+        denominator,
+        gradient,
+        entropy_gradient,
+        partial,
+    )
     constants = {"FLAGS": flags & 127, "BLOCK": block, "ROW": _ROW, "num_warps": warps}
     if programs and of_sequences:
         for given in gradient, entropy_gradient:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -61,7 +61,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     # Here, because it takes a minute, which would count against the time limit of the first test that wants it.
-    wanted = any("cuda_on_host" in getattr(item, "fixturenames", ()) or "[cuda" in item.nodeid for item in session.items)
+    # Tests on a GPU do without it: their time is short.
+    on_cpu = [item for item in session.items if item.get_closest_marker("gpu") is None]
+    wanted = any("cuda_on_host" in getattr(item, "fixturenames", ()) or "[cuda" in item.nodeid for item in on_cpu)
     if wanted and not session.config.option.collectonly:
         _build_cuda_on_host()
 
@@ -136,3 +138,17 @@ def on_backend(request: pytest.FixtureRequest, backend: str, device: str) -> tup
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton")
     return backend, device
+
+
+@pytest.fixture
+def areal_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets AREAL_OPS during the test."""
+    from areal.ops import _dispatch
+
+    def force(setting: str) -> None:
+        monkeypatch.setenv("AREAL_OPS", setting)
+        _dispatch.forget_choices()
+
+    yield force
+    monkeypatch.undo()
+    _dispatch.forget_choices()

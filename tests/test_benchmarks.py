@@ -16,9 +16,10 @@ import torch
 
 from areal.ops._dispatch import BackendUnavailable
 from benchmarks.__main__ import SYSTEM, main, make_parser, op_names, run_ops
+from benchmarks.bench_decode_attention import close as close_attention
 from benchmarks.op_bench import Bytes, Case, Products, Rival, Seconds, Settings, run_op
 from benchmarks.op_report import markdown, table, write_plot
-from benchmarks.op_timing import QUICK, peak_memory, time_interleaved
+from benchmarks.op_timing import LONGEST_LEAD, QUICK, peak_memory, time_interleaved, writes_before
 
 SETTINGS = Settings(effort=QUICK)
 FIGURES = {
@@ -163,6 +164,28 @@ def test_no_case_begins_after_the_deadline() -> None:
     rows = rows_of(sum_case(1024), sum_case(2048), settings=Settings(effort=QUICK, deadline=time.monotonic() - 1))
     assert len(rows) == 1 and rows[0]["case"] == "from n 1024 on" and "time was spent" in rows[0]["not_run"]
     assert "no cases" in rows_of()[0]["not_run"]
+
+
+def test_a_check_without_memory_is_a_row_and_the_next_case_runs() -> None:
+    def check(result: object, expected: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB.")
+
+    rows = rows_of(sum_case(64, check=check), sum_case(128))
+    assert rows[0]["not_run"] == "out of memory: CUDA out of memory" and rows[0]["case"] == "n 64"
+    assert [row["case"] for row in rows[1:]] == ["n 128"] * 2
+
+
+def test_the_device_is_busy_while_a_call_is_enqueued() -> None:
+    assert writes_before(1e-6, 150e-6) == 1
+    assert writes_before(2e-3, 150e-6) * 150e-6 >= 2e-3
+    assert writes_before(5.0, 150e-6) * 150e-6 <= LONGEST_LEAD + 150e-6
+
+
+def test_small_averages_are_not_close_to_zero() -> None:
+    average = torch.randn(8, 4, 128).mul(0.01).bfloat16()  # what attention over thousands of random values gives
+    close_attention(average, average)
+    with pytest.raises(AssertionError, match="of a head's norm"):
+        close_attention(torch.zeros_like(average), average)
 
 
 def test_calls_take_turns_and_slow_ones_fewer() -> None:

@@ -241,6 +241,8 @@ def test_registration(backend: str) -> None:
         ({"slots": torch.tensor([0, 4], dtype=torch.int32)}, "slots is int32"),
         ({"slots": None, "k_cache": torch.zeros(1, 2, 20, 8), "v_cache": torch.zeros(1, 2, 20, 8)}, "2 rows need as many slots"),
         ({"q": torch.zeros(2, 4)}, r"q has the shape \[2, 4\]"),
+        ({"q": [0.0]}, "q is a list"),
+        ({"new_k": [0.0]}, "new_k is a list"),
         ({"q": torch.zeros(2, 3, 8)}, "multiple of the 2 of k_cache"),
         ({"q": torch.zeros(2, 8, 4).transpose(1, 2)}, "q is not contiguous"),
         ({"q": torch.zeros(2, 4, 8).double()}, "k_cache is float32; it must be float64"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,8 +13,8 @@ from areal.ops._dispatch import BackendUnavailable, backend_for, choose_backend
 CANDIDATES = {"cuda": "torch finds no CUDA device", "cpp": None, "torch": None}
 
 
-def test_best_available_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AREAL_OPS", raising=False)
+def test_best_available_first(areal_ops: Callable[[str], None]) -> None:
+    areal_ops("")
     assert choose_backend("op", CANDIDATES) == "cpp"
 
 
@@ -27,19 +29,19 @@ def test_best_available_first(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "cpp"),
     ],
 )
-def test_environment(monkeypatch: pytest.MonkeyPatch, environment: str, expected: str) -> None:
-    monkeypatch.setenv("AREAL_OPS", environment)
+def test_environment(areal_ops: Callable[[str], None], environment: str, expected: str) -> None:
+    areal_ops(environment)
     assert choose_backend("op", CANDIDATES) == expected
     assert choose_backend("op", CANDIDATES, "cpp") == "cpp"
 
 
-def test_forced_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_and_missing_is_an_error(areal_ops: Callable[[str], None]) -> None:
     with pytest.raises(BackendUnavailable, match="op: backend 'cuda' was asked for, but torch finds no CUDA device"):
         choose_backend("op", CANDIDATES, "cuda")
-    monkeypatch.setenv("AREAL_OPS", "op=cuda")
+    areal_ops("op=cuda")
     with pytest.raises(BackendUnavailable):
         choose_backend("op", CANDIDATES)
-    monkeypatch.setenv("AREAL_OPS", "fast")
+    areal_ops("fast")
     with pytest.raises(ValueError, match="AREAL_OPS='fast': op has the backends cuda, cpp, torch"):
         choose_backend("op", CANDIDATES)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -198,8 +198,8 @@ def test_models_that_would_be_wrong_are_refused(monkeypatch: pytest.MonkeyPatch)
         check_engine(build("mistral").config)
 
 
-def test_without_the_compiled_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AREAL_OPS", "decode_attention=torch")
+def test_without_the_compiled_op(areal_ops: Callable[[str], None]) -> None:
+    areal_ops("decode_attention=torch")
     for name in "qwen2", "mistral", "gpt_neox":
         engine = EmbeddedEngine(build(name), max_running_requests=8)
         assert not engine._cache.compiled
@@ -209,9 +209,9 @@ def test_without_the_compiled_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton"))
 @pytest.mark.parametrize("name", ["qwen2-window", "gemma2"])
-def test_with_the_kernels_of_a_gpu(on_backend: tuple[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_kernels_of_a_gpu(on_backend: tuple[str, str], name: str, areal_ops: Callable[[str], None]) -> None:
     backend, device = on_backend
-    monkeypatch.setenv("AREAL_OPS", f"decode_attention={backend}")
+    areal_ops(f"decode_attention={backend}")
     engine = EmbeddedEngine(build(name).to(device), max_running_requests=4, device=device)
     assert engine._cache.compiled
     answers = engine.generate(requests(5, prompt=(1, 12), answer=(1, 12)))

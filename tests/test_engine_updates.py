@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -149,9 +149,9 @@ def test_resubmitting_an_aborted_answer_goes_on_as_if_nothing_had_been() -> None
 
 @pytest.mark.parametrize("backend", ["", "torch"])
 @pytest.mark.parametrize("name", MODELS)
-def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_mode_is_bitwise_whatever_else_runs(name: str, backend: str, areal_ops: Callable[[str], None]) -> None:
     if backend:
-        monkeypatch.setenv("AREAL_OPS", f"decode_attention={backend}")
+        areal_ops(f"decode_attention={backend}")
     engine = EmbeddedEngine(build(name), max_running_requests=16, deterministic=True)
     wanted = requests(8, prompt=(1, 70), answer=(1, 80))
     alone = [engine.generate([request])[0] for request in wanted]

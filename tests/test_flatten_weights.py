@@ -191,6 +191,7 @@ def test_wrong_arguments() -> None:
     bucket, layout = flatten_weights(tensors)
     for message, arguments in {
         r"flatten_weights: tensors\['w'\] is not contiguous": ({"w": torch.randn(3, 4).t()},),
+        r"flatten_weights: tensors\['w'\] is a list": ({"w": [0.0]},),
         r"flatten_weights: tensors\['v'\] is on meta": ({**tensors, "v": torch.empty(5, device="meta")},),
         r"flatten_weights: tensors\['w'\] is float8_e4m3fnuz": ({"w": torch.empty(3, dtype=torch.float8_e4m3fnuz)},),
         "flatten_weights: out is float32; it must be uint8": (tensors, torch.empty(400)),

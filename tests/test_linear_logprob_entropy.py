@@ -169,6 +169,14 @@ def test_tied_weight_gets_both_gradients() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_no_second_derivative() -> None:
+    hidden, weight, targets = inputs(8, 20, 8, 30, torch.float32, "cpu")
+    h, w = leaves(hidden, weight)
+    (first,) = torch.autograd.grad(linear_logprob_entropy(h, w, targets)[0].square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_backward_twice() -> None:
     hidden, weight, targets = inputs(8, 200, 8, 30, torch.float32, "cpu")
     h, w = leaves(hidden, weight)

@@ -122,6 +122,16 @@ def test_every_switch_in_float64(name: str) -> None:
     compare(None, {**x, "proximal_logprobs": None}, 1.0, None, 1e-11, **SWITCHES[name])
 
 
+def test_gradcheck() -> None:
+    x = inputs(3, 6, 4, 9, torch.float64, "cpu")
+    leaves = x.pop("hidden").requires_grad_(), x.pop("weight").requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_ppo_loss(hidden, weight, **x, eps_clip=0.2, denominator=4.0, entropy_coef=0.3, temperature=0.8).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (3, 9), (129, 300), (5, 1025), (2, 4500)])
 def test_shapes(on_backend: tuple[str, str], tokens: int, vocabulary: int) -> None:
@@ -364,10 +374,14 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
         ({"denominator": torch.ones(1)}, "denominator has the shape"),
         ({"fixed_length": 8}, "fixed_length is 8"),
         ({"normalization": "fixed"}, "fixed_length is None"),
+        ({"fixed_length": 8.0}, "fixed_length is 8.0"),
+        ({"normalization": "sequence", "cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is int64"),
+        ({"denominator": 0.0}, "denominator is 0.0"),
+        ({"denominator": torch.ones(2)}, r"denominator has the shape \[2\]"),
         ({"proximal_logprobs": torch.zeros(3)}, "proximal_logprobs has the shape"),
         ({"behavior_logprobs": torch.zeros(4).double()}, "behavior_logprobs is float64"),
         ({"advantages": torch.zeros(8)[::2]}, "advantages is not contiguous"),
-        ({"loss_mask": torch.ones(4)}, "loss_mask is float32; it must be bool"),
+        ({"loss_mask": torch.ones(4).double()}, "loss_mask is float64; it must be bool or float32"),
         ({"weight": torch.zeros(5, 3)}, "weight has the shape"),
         ({"targets": torch.full((4,), 30)}, "targets has values"),
         ({"temperature": -1.0}, "temperature is -1.0"),

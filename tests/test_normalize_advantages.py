@@ -103,9 +103,21 @@ def test_wrong_arguments() -> None:
         "no size may be negative": {"group_sizes": [7, -1]},
         "mean is 'median'; it must be one of group, batch, leave_one_out, none": {"mean": "median"},
         "std is 'leave_one_out'; it must be one of": {"std": "leave_one_out"},
+        "weights is a list; it must be a tensor": {"weights": [1.0] * 6},
         r"weights has the shape \[5\]; it must be \[6\]": {"weights": torch.ones(5)},
     }.items():
         with pytest.raises(ValueError, match=f"normalize_advantages: .*{message}|{message}"):
             normalize_advantages(values, **keys)
     with pytest.raises(ValueError, match="normalize_advantages: values is int64"):
         normalize_advantages(torch.arange(6))
+
+
+@pytest.mark.parametrize("mean", ["group", "batch", "leave_one_out"])
+def test_a_value_that_does_not_count_may_not_be_a_number(mean: str) -> None:
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])
+    for std in ("group", "batch", "none"):
+        finite = normalize_advantages(torch.tensor([1.0, 2.0, 9.0, 5.0, 7.0]), [3, 2], weights=weights, mean=mean, std=std)
+        for other in (math.nan, math.inf):
+            values = torch.tensor([1.0, 2.0, other, 5.0, 7.0])
+            result = normalize_advantages(values, [3, 2], weights=weights, mean=mean, std=std)
+            assert torch.equal(result[[0, 1, 3, 4]], finite[[0, 1, 3, 4]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from op_backends import backends
 from torch import Tensor
 
-from areal.ops import Packed, pack, unpack, unpack_ragged
+from areal.ops import Packed, _pack_backends, pack, unpack, unpack_ragged
 from areal.ops._pack_backends import layout_op
 
 BACKENDS = backends("torch", "cpp", "cuda")
@@ -157,6 +159,8 @@ def test_gradients(on_backend: tuple[str, str]) -> None:
     assert torch.autograd.gradcheck(padded, (x, y.detach()))
     assert torch.autograd.gradcheck(ragged, rows)
     assert torch.autograd.gradcheck(back, (column,))
+    assert torch.autograd.gradgradcheck(lambda x, y: padded(x**2, y), (x, y))
+    assert torch.autograd.gradgradcheck(lambda column: back(column**2), (column,))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -272,6 +276,8 @@ def padded_case(**changes: Any) -> tuple[Any, dict[str, Any]]:
         (({"a": [torch.zeros(2), torch.zeros(2).int()]}, {}), "torch.float32 and torch.int32"),
         (({"a": [torch.zeros(2), torch.zeros(2, device="meta")]}, {}), "is on cpu, meta"),
         (({"a": [torch.zeros(4)[::2]]}, {}), "not contiguous"),
+        (({"a": [torch.zeros(2), [0.0]]}, {}), r"fields\['a'\] has entries that are no tensors"),
+        (padded_case(total=-1), "total=-1; it must be from 0"),
         (({"a": [torch.zeros(4)]}, {"total": 3}), "total=3; it must be at least the 4 tokens"),
         (padded_case(backend="numpy"), "pack has the backends"),
     ],
@@ -303,3 +309,38 @@ def test_mistakes_in_unpack_are_named(changes: dict[str, Any], message: str) -> 
     arguments = {"packed": torch.zeros(5), "cu_seqlens": torch.tensor([0, 2, 5]).int()} | changes
     with pytest.raises(ValueError, match=message):
         unpack(arguments.pop("packed"), arguments.pop("cu_seqlens"), **arguments)
+
+
+@pytest.mark.parametrize("ends", [[0, 6], [0, 4, 2], [1, 5]])
+def test_unpack_ragged_checks_where_sequences_end(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="unpack_ragged: cu_seqlens must ascend from 0"):
+        unpack_ragged(torch.zeros(5), torch.tensor(ends).int())
+
+
+@pytest.mark.parametrize("total", [-1, -7, 2**31])
+def test_room_that_cu_seqlens_cannot_count_is_refused(total: int) -> None:
+    with pytest.raises(ValueError, match=f"pack: total={total}"):
+        pack({"x": torch.zeros(2, 3)}, torch.tensor([1, 2]), total=total)
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(cuda_on_host: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch goes to the current device, which need not be that of the tensors."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on_device(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Module:
+        def __getattr__(self, name: str) -> Any:
+            assert current, f"{name} is launched on whatever device is current"
+            return getattr(cuda_on_host, name)
+
+    monkeypatch.setattr(_pack_backends, "on_device", on_device)
+    monkeypatch.setattr(_pack_backends, "compiled_module", Module)
+    fields, lengths = {"x": torch.arange(6.0).view(2, 3)}, torch.tensor([1, 2])
+    packed = pack(fields, lengths, total=3, backend="cuda")
+    assert unpack(packed.fields["x"], packed.cu_seqlens, max_length=3, backend="cuda").tolist() == [[0, 0, 0], [3, 4, 0]]
+    assert pack({"x": [torch.ones(2)]}, backend="cuda").fields["x"].tolist() == [1, 1]

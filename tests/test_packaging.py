@@ -60,7 +60,13 @@ def test_sdist_has_what_a_build_and_the_tests_need_and_nothing_else(sdist: Path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "CMakeLists.txt", "Makefile", "LICENSE", "README.md", "PKG-INFO"} <= names
-    assert {"csrc/bindings.cpp", "kernels/weights_hash.cu", "python/areal/ops/weights_hash.py", "tests/test_packaging.py"} <= names
+    assert {
+        "csrc/bindings.cpp",
+        "kernels/weights_hash.cu",
+        "python/areal/ops/weights_hash.py",
+        "tests/test_packaging.py",
+        "docs/kernels.md",
+    } <= names
     unwanted = [
         name for name in names if name.startswith((".", "build/", "dist/", "runs/")) or "__pycache__" in name or name.endswith(".so")
     ]

@@ -183,6 +183,7 @@ def test_backends_agree_on_real_sizes(algorithm: str) -> None:
         (([3, 11, 4], 10), {}, "sequence 1 has 11 tokens; a micro-batch takes 1 to 10"),
         (([3, 0], 10), {}, "sequence 1 has 0 tokens"),
         (([3], 0), {}, "capacity=0"),
+        (([3], 9.5), {}, "plan_microbatches: capacity=9.5; it must be an integer"),
         (([3], 3), {"world_size": 0}, "world_size=0"),
         (([3], 3), {"k_min": -1}, "k_min=-1"),
         (([[3]], 10), {}, "2 dimensions"),

@@ -75,6 +75,17 @@ def test_variants(variant, backend, device, on_backend):
     check(x, want, run(x, device, backend=backend, **options))
 
 
+@pytest.mark.parametrize(("backend", "device"), ALL)
+@pytest.mark.parametrize(("variant", "n"), [("plain", 403), ("plain", 1024), ("gspo", 403), ("all", 17)])
+def test_a_mask_of_floats_is_one_of_booleans(variant, n, backend, device, on_backend):
+    x, cuts = make_inputs(11, n), make_cuts(12, n, 4)
+    options = {"eps_clip": 0.2, "denominator": 50.0, "cu_seqlens": cuts, "backend": backend, **VARIANTS[variant]}
+    loss, stats, gradient, _ = run(x, device, **options)
+    floats, float_stats, float_gradient, _ = run({**x, "loss_mask": x["loss_mask"].double()}, device, **options)
+    assert loss == floats and stats == float_stats and 0 < stats["n_tokens"] < n
+    assert torch.equal(gradient, float_gradient)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float64_is_exact(variant):
     x, cuts = make_inputs(3, 200), make_cuts(4, 200, 5)

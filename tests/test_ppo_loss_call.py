@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -218,3 +220,15 @@ def test_triton_kernel_for_a_gpu(flags):
         of_all = dict.fromkeys(["entropy_ptr", "denominator_ptr", "entropy_gradient_ptr"], "*fp32") | {"cu_seqlens_ptr": "*i32"}
         constants = {"FLAGS": 2 | 8 | 16 | 32 | 64, "BLOCK": 1024, "ROW": 16}
         compile_to_ptx("ppo_loss_triton", "ppo_sequences_kernel", signature | of_all, constants)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_kernels_are_launched_on_the_device_of_the_tensors(backend, monkeypatch, cuda_on_host):
+    """A launch goes to the current device, which need not be that of the tensors."""
+    entered = []
+    monkeypatch.setattr(
+        sys.modules[ppo_loss.__module__], "on_device", lambda tensor: entered.append(tensor.device) or contextlib.nullcontext()
+    )
+    x = torch.randn(5)
+    ppo_loss(x, x, x, x, torch.ones(5, dtype=torch.bool), eps_clip=0.2, denominator=5.0, backend=backend)
+    assert entered == [x.device]

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def read_without_pause(pipe: Connection, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["", "torch"])
-def test_round_trip_with_equal_hashes(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AREAL_OPS", backend)
+def test_round_trip_with_equal_hashes(name: str, backend: str, areal_ops: Callable[[str], None]) -> None:
+    areal_ops(backend)
     weights = some_weights()
     with ShmPublisher(name, manifest_of(weights)) as publisher, ShmReader(name) as reader:
         assert reader.latest_version() == -1

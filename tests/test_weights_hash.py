@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from areal.ops import BackendUnavailable
@@ -118,6 +120,21 @@ def test_many_tensors_of_all_sizes_and_offsets(on_backend: tuple[str, str]) -> N
     placed = {name: on_it[int(name.split()[2]) :][: len(t)] for name, t in tensors.items()}
     # Contiguous as they are, so that the kernel reads them where they lie.
     assert weights_hash(placed, backend=backend) == weights_hash(tensors, backend="torch")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.int64, torch.float64)
+
+
+@ALL
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4), st.sampled_from(DTYPES), st.booleans()), max_size=6))
+def test_any_shape(on_backend: tuple[str, str], kinds: list[tuple[list[int], torch.dtype, bool]]) -> None:
+    backend, device = on_backend
+    tensors = {}
+    for i, (shape, dtype, turned) in enumerate(kinds):
+        tensor = torch.randint(0, 2, shape).to(dtype)
+        tensors[f"{i}"] = tensor.transpose(0, -1) if turned and shape else tensor
+    assert weights_hash(place(tensors, device), backend=backend) == hash_by_definition(tensors)
 
 
 def test_cuda_takes_the_list_in_one_launch(cuda_on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

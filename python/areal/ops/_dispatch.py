@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the only place that imports the compiled module ``areal._C`` and the Triton kernels.
 
 Every op has the backend ``torch``, its reference. ``AREAL_OPS`` forces another for all ops (``AREAL_OPS=torch``) or for some
-(``AREAL_OPS=weights_hash=torch,plan_microbatches=cpp``); an op's ``backend`` argument goes before it. What is forced is used, or is
+(``AREAL_OPS=weights_hash=torch,plan_microbatches=cpp``), and is read once, when the first op runs; an op's ``backend`` argument goes before it. What is forced is used, or is
 an error: there is no silent fall-back.
 """
 
@@ -81,12 +81,10 @@ def triton_kernels(op: str) -> ModuleType:
     return importlib.import_module(f"areal.kernels.{op}_triton")
 
 
+@functools.cache
 def _forced_by_environment(op: str) -> str | None:
-    setting = os.environ.get("AREAL_OPS")
-    if not setting:
-        return None
     forced = None
-    for entry in filter(None, (part.strip() for part in setting.split(","))):
+    for entry in filter(None, (part.strip() for part in os.environ.get("AREAL_OPS", "").split(","))):
         name, separator, backend = entry.rpartition("=")
         if not separator and forced is None:
             forced = backend
@@ -155,6 +153,7 @@ backend_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget_choices() -> None:
-    """Looks at the machine again; for tests that exchange the compiled module."""
+    """Looks at the machine and at AREAL_OPS again; for tests that exchange them."""
     compiled_module.cache_clear()
+    _forced_by_environment.cache_clear()
     _backend_for.cache_clear()

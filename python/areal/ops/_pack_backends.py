@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import compiled_module
+from areal.ops._pointer_table import on_device
 from areal.ops._registration import cuda_stream, define_op
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,7 +66,7 @@ class _Pack(torch.autograd.Function):
             for f, column in zip(wanted, columns, strict=True):
                 made[f * per_field : (f + 1) * per_field] = column[: sum(sizes)].split(sizes)
         else:
-            padded = _UNPACK(columns, [0.0] * len(columns), cu_seqlens, starts, ctx.shapes[0][1], ctx.backend)
+            padded = run_unpack(columns, [0.0] * len(columns), cu_seqlens, starts, ctx.shapes[0][1], ctx.backend)
             for f, x in zip(wanted, padded, strict=True):
                 made[f] = x
         return (None,) * n_extra + tuple(made)
@@ -85,7 +86,7 @@ class _Unpack(torch.autograd.Function):
         cu_seqlens, starts = ctx.saved_tensors
         wanted = [i for i in range(len(gradients)) if ctx.needs_input_grad[5 + i]]
         columns = [gradients[i].contiguous() for i in wanted]  # zeros where none came
-        packed = _PACK(columns, len(columns), -1, 0, -1, False, ctx.backend, ctx.total, cu_seqlens, starts)
+        packed = run_pack(Job(len(columns), -1, 0, -1, False, ctx.backend), ctx.total, cu_seqlens, starts, columns)
         made: list[Tensor | None] = [None] * len(gradients)
         for i, x in zip(wanted, packed, strict=False):
             made[i] = x
@@ -180,7 +181,8 @@ def _pack(
     module = compiled_module()
     assert module is not None
     if backend == "cuda":
-        module.pack_cuda(rows, layout, derived, cuda_stream(cu_seqlens))
+        with on_device(cu_seqlens):
+            module.pack_cuda(rows, layout, derived, cuda_stream(cu_seqlens))
     else:
         module.pack(rows, layout, derived, torch.get_num_threads())
     return made
@@ -250,7 +252,8 @@ def _unpack(sources: list[Tensor], fills: list[float], cu_seqlens: Tensor, start
     module = compiled_module()
     assert module is not None
     if backend == "cuda":
-        module.unpack_cuda(rows, layout, cuda_stream(cu_seqlens))
+        with on_device(cu_seqlens):
+            module.unpack_cuda(rows, layout, cuda_stream(cu_seqlens))
     else:
         module.unpack(rows, layout, torch.get_num_threads())
     return made

@@ -98,8 +98,9 @@ def _unfit(dtype: torch.dtype, d: int, on_cuda: bool) -> tuple[tuple[str, str], 
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor | None, lengths: Tensor, new_k: Tensor | None, new_v: Tensor | None
 ) -> None:
-    if q.dim() != 3:
-        raise ValueError(f"{_OP}: q has the shape {list(q.shape)}; it must be [rows, heads, d]")
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        found = f"has the shape {list(q.shape)}" if isinstance(q, Tensor) else f"is a {type(q).__name__}"
+        raise ValueError(f"{_OP}: q {found}; it must be a tensor [rows, heads, d]")
     rows, heads, d = q.shape
     _check_rows("q", q, (rows, heads, d), q)
     check_tensor(_OP, "k_cache", k_cache, (None, None, None, d), (q.dtype,), q.device)
@@ -123,6 +124,8 @@ def _check(
 
 def _check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     """As ``check_tensor``, but rows and heads may be strided: they often are views of one product."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{_OP}: {name} is a {type(tensor).__name__}; it must be a tensor")
     if tensor.dtype not in _DTYPES or tensor.dtype != q.dtype:
         wanted = "float32, bfloat16, float16 or float64" if tensor is q else f"{q.dtype}, like q"
         raise ValueError(f"{_OP}: {name} is {tensor.dtype}; it must be {wanted}")

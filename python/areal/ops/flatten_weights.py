@@ -36,6 +36,9 @@ def flatten_weights(
     beginning. One launch on a GPU. float32 from and to bfloat16 are cast on the way, any other pair by torch first, with a copy of that tensor. ``ValueError`` for
     tensors that are not contiguous, of a dtype that no layout takes, or on several devices.
     """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"flatten_weights: tensors['{name}'] is a {type(tensor).__name__}; it must be a tensor")
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu") if out is None else out.device)
     for name, tensor in tensors.items():
         if not (tensor.dtype in _CODES and tensor.device == device and tensor.is_contiguous()):
@@ -71,7 +74,13 @@ def unflatten_weights(
     targets = {entry.name: tensors[entry.name] for entry in layout.entries}
     device = bucket.device
     for entry, target in zip(layout.entries, targets.values(), strict=True):
-        if not (target.shape == entry.shape and target.dtype in _CODES and target.device == device and target.is_contiguous()):
+        if not (
+            isinstance(target, Tensor)
+            and target.shape == entry.shape
+            and target.dtype in _CODES
+            and target.device == device
+            and target.is_contiguous()
+        ):
             check_tensor("unflatten_weights", f"tensors['{entry.name}']", target, entry.shape, DTYPES, device)
     if layout.entries:
         offsets, codes = [e.offset for e in layout.entries], [_CODES[e.dtype] for e in layout.entries]

@@ -36,7 +36,7 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and the entropies of these distributions, in nats.
 
-    Differentiable, once, in hidden and weight, through both results. Do not put it under activation checkpointing: it recomputes by itself.
+    Differentiable in hidden and weight, through both results, once. Do not put it under activation checkpointing: it recomputes by itself.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64, contiguous; logits have this dtype, what is computed from them is float32.

@@ -85,7 +85,7 @@ def linear_ppo_loss(
             float16 heads by ``linear_logprob_entropy`` and ``ppo_loss``.
         proximal_logprobs: float32 [T], or None: the current policy is the proximal one (ratio 1), as in the first mini-batch of a step.
         behavior_logprobs, advantages: float32 [T].
-        loss_mask: bool [T].
+        loss_mask: bool or float32 [T], False or 0 where a token does not count.
         denominator and the others: as in ``ppo_loss``; the entropy bonus needs no ``entropy`` here. What is of level "sequence" needs all
             log-probs of a sequence before the first gradient, which is what this op does without: a ``ValueError``.
         backend: as in ``linear_logprob_entropy``, without cuda.
@@ -103,6 +103,7 @@ def linear_ppo_loss(
     )
     budget = memory_budget_for(_OP, hidden.device, memory_budget)
     which = choose(_OP, hidden, backend, has=("torch", "cpp", "triton"))
+    loss_mask = loss_mask != 0
     weights = _loss_weights(loss_mask, behavior_logprobs.dtype, denominator, normalization, fixed_length, cu_seqlens)
     grads = torch.is_grad_enabled()
     needs_hidden, needs_weight = grads and hidden.requires_grad, grads and weight.requires_grad
@@ -170,7 +171,7 @@ def _check(
         check_tensor(_OP, "proximal_logprobs", proximal, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "behavior_logprobs", behavior, tokens, (dtype,), hidden.device)
     check_tensor(_OP, "advantages", advantages, tokens, (dtype,), hidden.device)
-    check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool,), hidden.device)
+    check_tensor(_OP, "loss_mask", loss_mask, tokens, (torch.bool, torch.float32), hidden.device)
 
 
 def _loss_weights(
@@ -183,20 +184,22 @@ def _loss_weights(
 ) -> Tensor:
     """m_t / denominator, [T]: 0 for tokens without loss."""
     choice(_OP, "normalization", normalization, "token", "sequence", "fixed")
-    if isinstance(denominator, Tensor):
-        check_tensor(_OP, "denominator", denominator, (), (denominator.dtype,), loss_mask.device)
-    elif not denominator > 0:
-        raise ValueError(f"{_OP}: denominator is {denominator}; it must be above 0")
-    if (normalization == "fixed") != (fixed_length is not None) or (fixed_length is not None and not fixed_length > 0):
-        raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
+    if not isinstance(denominator, Tensor):
+        if not denominator > 0:
+            raise ValueError(f"{_OP}: denominator is {denominator}; it must be above 0")
+    elif denominator.dim() != 0 or denominator.device != loss_mask.device:
+        found = f"has the shape {list(denominator.shape)} and is on {denominator.device}"
+        raise ValueError(f"{_OP}: denominator {found}; it must be a number or a tensor of shape [] on {loss_mask.device}")
     weights = loss_mask.to(dtype)
     if normalization == "sequence":
         if cu_seqlens is None:
-            raise ValueError(f"{_OP}: cu_seqlens is None; normalization='sequence' needs it")
+            raise ValueError(f"{_OP}: normalization='sequence' needs cu_seqlens")
         check_tensor(_OP, "cu_seqlens", cu_seqlens, (None,), (torch.int32,), loss_mask.device)
         sequences, inside = _sequences(cu_seqlens, loss_mask.shape[0])
         weights = weights * inside
         weights = weights / sequences.sums(weights).clamp(min=1.0)
+    if (normalization == "fixed") != (fixed_length is not None) or (fixed_length is not None and not fixed_length > 0):
+        raise ValueError(f"{_OP}: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
     if fixed_length is not None:
         weights = weights / fixed_length
     return weights / denominator

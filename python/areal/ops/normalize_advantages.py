@@ -40,7 +40,7 @@ def normalize_advantages(
     op = "normalize_advantages"
     check_tensor(op, "values", values, (None,), (torch.float32, torch.float64, torch.bfloat16, torch.float16))
     if weights is not None:
-        check_tensor(op, "weights", weights, (len(values),), (weights.dtype,), values.device)
+        check_tensor(op, "weights", weights, (len(values),), (getattr(weights, "dtype", torch.float32),), values.device)
     for name, level, levels in (("mean", mean, get_args(MeanLevel)), ("std", std, get_args(StdLevel))):
         if level not in levels:
             raise ValueError(f"{op}: {name} is '{level}'; it must be one of {', '.join(levels)}")
@@ -89,7 +89,9 @@ def _place_in_groups(sizes: list[int], device: torch.device) -> Tensor:
     counts = torch.tensor(sizes)
     group = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     starts = counts.cumsum(0) - counts
-    return ((torch.arange(len(group)) - starts[group]) * len(sizes) + group).to(device, non_blocking=True)
+    place = (torch.arange(len(group)) - starts[group]) * len(sizes) + group
+    # From pageable memory the driver may wait for the stream before it copies.
+    return place.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else place
 
 
 def _spread(x: Tensor, sizes: list[int], place: Tensor) -> Tensor:
@@ -107,8 +109,9 @@ class _Moments:
         self.equal = low >= high
         """At most one value counts, or all that do are the same."""
         self.weight = w.sum(0)
-        self.mean = (x * w).sum(0) / self.weight
-        self.std = ((x - self.mean).square() * w).sum(0).div(self.weight).sqrt()
+        # By selection, since a value that does not count may not be a number, and 0 * NaN is NaN.
+        self.mean = torch.where(counted, x * w, 0.0).sum(0) / self.weight
+        self.std = torch.where(counted, (x - self.mean).square() * w, 0.0).sum(0).div(self.weight).sqrt()
 
     def of_each(self, sizes: list[int], place: Tensor) -> _Moments:
         """The same for every value: [N]."""

@@ -96,6 +96,8 @@ def _pack_padded(
     for name, field in fields.items():
         check_tensor("pack", f"fields['{name}']", field, shape, (field.dtype,), first.device)
         _check_bytes("pack", f"fields['{name}']", field.dtype)
+    if total is not None and not 0 <= total < 2**31:
+        raise ValueError(f"pack: total={total}; it must be from 0 to 2^31 - 1")
     if (lengths is None) == (mask is None):
         raise ValueError("pack: padded fields need either lengths [n] or attention_mask [n, L]")
     if lengths is not None:
@@ -176,6 +178,8 @@ def unpack_ragged(packed: Tensor | Mapping[str, Tensor], cu_seqlens: Tensor) -> 
     _check_packed("unpack_ragged", fields, cu_seqlens)
     ends = cu_seqlens.tolist()
     sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+    if ends[0] != 0 or ends[-1] > len(next(iter(fields.values()))) or min(sizes, default=0) < 0:
+        raise ValueError("unpack_ragged: cu_seqlens must ascend from 0 to at most the length of packed")
     made = {name: list(field[: ends[-1]].split(sizes)) if sizes else [] for name, field in fields.items()}
     return made if isinstance(packed, Mapping) else made["packed"]
 
@@ -200,6 +204,9 @@ def _check_ragged(names: list[str], rows: list[list[Tensor]]) -> tuple[list[int]
     """The lengths, and the device. Looks at every tensor, of which there are many: whole lists at a time."""
     if not rows[0]:
         raise ValueError(f"pack: fields['{names[0]}'] is empty; it must have a tensor for every sequence")
+    for name, row in zip(names, rows, strict=True):
+        if not all(isinstance(x, Tensor) for x in row):
+            raise ValueError(f"pack: fields['{name}'] has entries that are no tensors; each must be a tensor [L_i]")
     lengths, device = list(map(Tensor.numel, rows[0])), rows[0][0].device
     for name, row in zip(names, rows, strict=True):
         what = f"fields['{name}']"

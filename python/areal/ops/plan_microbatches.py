@@ -77,8 +77,8 @@ def _checked(
     lengths: Sequence[int] | NDArray[np.integer], capacity: int, world_size: int, k_min: int, cost: tuple[float, float]
 ) -> NDArray[np.int64]:
     for name, value in (("capacity", capacity), ("world_size", world_size), ("k_min", k_min)):
-        if value < 1:
-            raise ValueError(f"plan_microbatches: {name}={value}; it must be at least 1")
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"plan_microbatches: {name}={value}; it must be an integer of at least 1")
     pair = isinstance(cost, Sequence) and len(cost) == 2
     if not pair or not all(math.isfinite(c) and c >= 0 for c in cost) or not any(cost):
         raise ValueError(f"plan_microbatches: cost={cost}; it must be two numbers (a, b) of at least 0, not both 0")
@@ -91,7 +91,8 @@ def _checked(
     bad = np.flatnonzero((sizes < 1) | (sizes > capacity))
     if bad.size:
         raise ValueError(
-            f"sequence {bad[0]} has {sizes[bad[0]]} tokens; a micro-batch takes 1 to {capacity} (actor.mb_spec.max_tokens_per_mb)"
+            f"plan_microbatches: lengths: sequence {bad[0]} has {sizes[bad[0]]} tokens; a micro-batch takes 1 to {capacity}, its capacity "
+            "(of a run: actor.mb_spec.max_tokens_per_mb)"
         )
     return sizes
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
+from areal.ops._pointer_table import on_device
 from areal.ops._registration import check_tensor, cuda_stream, define_op
 from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters
 from areal.ops.ppo_torch import PPOOptions, ppo_loss_torch
@@ -41,16 +42,16 @@ Level = Literal["token", "sequence"]
 class PPOStatistics(Mapping[str, Tensor]):
     """The sums by name, float32 [] each, made when they are asked for: thirteen views would cost more than the whole loss of a short batch."""
 
-    __slots__ = ("_names", "_sums")
+    __slots__ = ("_names", "_results")
 
-    def __init__(self, sums: Tensor, names: tuple[str, ...]) -> None:
-        self._sums = sums
+    def __init__(self, results: Tensor, names: tuple[str, ...]) -> None:
+        self._results = results
         self._names = names
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._sums[STATISTICS.index(name)]
+        return self._results[STATISTICS.index(name) - _N_STATISTICS]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -62,11 +63,13 @@ class PPOStatistics(Mapping[str, Tensor]):
         return repr(dict(self))
 
 
-# Bits of the compiled op's `flags`, as in csrc/bind_ppo_loss.cpp; the last two are for this side alone.
+# Bits of the compiled op's `flags`, as in csrc/bind_ppo_loss.cpp; _WANTS_* are for this side alone.
 _CISPO, _DECOUPLED, _MASK_WEIGHTS = 1, 2, 4
 _SEQUENCE_RATIO, _SEQUENCE_WEIGHT, _SEQUENCE_FILTER, _SEQUENCE_MEAN = 8, 16, 32, 64
 _OF_SEQUENCES = _SEQUENCE_RATIO | _SEQUENCE_WEIGHT | _SEQUENCE_FILTER | _SEQUENCE_MEAN
 _WANTS_GRADIENT, _WANTS_ENTROPY_GRADIENT = 128, 256
+_FLOAT_MASK = 512
+_N_GRADIENTS = (0, 1, 1, 2)  # by the two bits of _WANTS_*
 
 _N_STATISTICS = len(STATISTICS)
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
@@ -108,7 +111,7 @@ def ppo_loss(
         u = current / proximal,   w = proximal / behaviour, a constant for the gradient
 
     Log-probs, advantages and ``entropy`` are float32 [T] of packed tokens (float64 too: then the torch reference runs), ``loss_mask`` is
-    bool [T]; what other tokens hold, NaN too, has no effect. Log-ratios are clamped to +-20, with gradient 0 beyond. ``denominator``, a
+    bool or float32 [T], False or 0 where a token does not count; what such tokens hold, NaN too, has no effect. Log-ratios are clamped to +-20, with gradient 0 beyond. ``denominator``, a
     number or a 0-d tensor, is that of the whole batch, so that how a batch is cut cannot change its gradient. Only ``logprobs`` and
     ``entropy`` get gradients. Switches:
 
@@ -148,30 +151,35 @@ def ppo_loss(
     which = backend_for("ppo_loss", logprobs.device, backend, has=_BACKENDS, unfit=unfit)
     tensors = (logprobs, proximal_logprobs, behavior_logprobs, advantages, loss_mask, cu_seqlens, entropy)
     if which == "torch":
-        return ppo_loss_torch(plan.options, *tensors, denominator)
+        return ppo_loss_torch(plan.options, *tensors[:4], loss_mask != 0, *tensors[5:], denominator)
 
     flags, divisor, scale = plan.flags, None, plan.scale
+    if loss_mask.dtype is not torch.bool:
+        flags |= _FLOAT_MASK
     if isinstance(denominator, Tensor):
         divisor = denominator
     else:
         scale /= denominator
+    wanting: tuple[Tensor, ...] = ()
     if torch.is_grad_enabled():
         if logprobs.requires_grad:
             flags |= _WANTS_GRADIENT
+            wanting = (logprobs,)
         if entropy is not None and entropy_coef and entropy.requires_grad:
             flags |= _WANTS_ENTROPY_GRADIENT
+            wanting += (entropy,)
     # In plain eager mode past torch's dispatcher, which has nothing to add and costs a quarter of a short call.
     if tracing or type(logprobs) is not Tensor or torch._C._len_torch_dispatch_stack():
         detached = None if entropy is None else entropy.detach()
-        loss, sums, gradients = _op(logprobs.detach(), *tensors[1:6], detached, divisor, plan.numbers, scale, flags, which)
+        loss, results = _op(logprobs.detach(), *tensors[1:6], detached, divisor, plan.numbers, scale, flags, which)
     else:
-        loss, sums, gradients = _implementation(*tensors, divisor, plan.numbers, scale, flags, which)
-    if flags & (_WANTS_GRADIENT | _WANTS_ENTROPY_GRADIENT):
-        loss = _WithGradients.apply(logprobs, entropy, (loss.clone() if tracing else loss, gradients, flags))
+        loss, results = _implementation(*tensors, divisor, plan.numbers, scale, flags, which)
+    if wanting:
+        loss = _WithGradients.apply((loss.clone() if tracing else loss, results), *wanting)
     names = STATISTICS[:-1] if entropy is None else STATISTICS
     if tracing:
-        return loss, dict(zip(names, sums.unbind(), strict=False))
-    return loss, PPOStatistics(sums, names)
+        return loss, dict(zip(names, results[-_N_STATISTICS:].unbind(), strict=False))
+    return loss, PPOStatistics(results, names)
 
 
 class _Plan(NamedTuple):
@@ -211,10 +219,10 @@ def _check(
     try:
         if (
             entropy is None
-            and logprobs.dim() == 1
-            and logprobs.shape == proximal.shape == behavior.shape == advantages.shape == loss_mask.shape
+            and 1 == logprobs.dim() == proximal.dim() == behavior.dim() == advantages.dim() == loss_mask.dim()
+            and logprobs.numel() == proximal.numel() == behavior.numel() == advantages.numel() == loss_mask.numel()
             and torch.float32 is logprobs.dtype is proximal.dtype is behavior.dtype is advantages.dtype
-            and torch.bool is loss_mask.dtype
+            and (loss_mask.dtype is torch.float32 or loss_mask.dtype is torch.bool)
             and (logprobs.is_cpu and proximal.is_cpu and behavior.is_cpu and advantages.is_cpu and loss_mask.is_cpu)
             and (logprobs.is_contiguous() and proximal.is_contiguous() and behavior.is_contiguous())
             and (advantages.is_contiguous() and loss_mask.is_contiguous())
@@ -230,7 +238,7 @@ def _check(
     device, shape = logprobs.device, (logprobs.shape[0],)
     for name, tensor in floats.items():
         check_tensor("ppo_loss", name, tensor, shape, dtypes, device)
-    check_tensor("ppo_loss", "loss_mask", loss_mask, shape, (torch.bool,), device)
+    check_tensor("ppo_loss", "loss_mask", loss_mask, shape, (torch.bool, torch.float32), device)
     return dtypes[0]
 
 
@@ -261,25 +269,21 @@ def _check_denominator(denominator: float | Tensor, device: torch.device) -> flo
 
 
 class _WithGradients(torch.autograd.Function):
-    """The loss, given its gradients [T or 2 T]."""
+    """The loss as a function of tensors [T] whose gradients, one after the other, come before the statistics in ``results``."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, results: tuple[Tensor, Tensor, int]) -> Tensor:
-        loss, gradients, ctx.flags = results
-        ctx.save_for_backward(gradients)
+    def forward(ctx: Any, made: tuple[Tensor, Tensor], *wanting: Tensor) -> Tensor:
+        loss, results = made
+        ctx.save_for_backward(results)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (gradients,) = ctx.saved_tensors
-        scaled = gradients * grad_loss
-        if not ctx.flags & _WANTS_ENTROPY_GRADIENT:
-            return scaled, None, None
-        if not ctx.flags & _WANTS_GRADIENT:
-            return None, scaled, None
-        n_tokens = scaled.shape[0] // 2
-        return scaled[:n_tokens], scaled[n_tokens:], None
+        (results,) = ctx.saved_tensors
+        scaled = results[:-_N_STATISTICS] * grad_loss
+        n_wanting = len(ctx.needs_input_grad) - 1
+        return (None, scaled) if n_wanting == 1 else (None, *scaled.chunk(2))
 
 
 def _implementation(
@@ -295,17 +299,20 @@ def _implementation(
     scale: float,
     flags: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, sums, gradients = results = _results(logprobs, flags, True)
+) -> tuple[Tensor, Tensor]:
+    n_tokens = logprobs.shape[0]
+    loss, results = _results(logprobs, n_tokens, flags, True)
     if denominator is not None and backend == "cpp":
         scale /= float(denominator)
-    n_tokens = logprobs.shape[0]
-    of_entropy = gradients[-n_tokens:] if flags & _WANTS_ENTROPY_GRADIENT and n_tokens else None
-    inputs = (logprobs, proximal, behavior, advantages, mask, cu_seqlens, entropy, denominator)
     if backend == "triton":
-        own = gradients[:n_tokens] if flags & _WANTS_GRADIENT else None
-        triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, sums, numbers, scale, flags)
-        return results
+        own = results[:n_tokens] if flags & _WANTS_GRADIENT else None
+        of_entropy = results[-_N_STATISTICS - n_tokens : -_N_STATISTICS] if flags & _WANTS_ENTROPY_GRADIENT else None
+        inputs = (logprobs, proximal, behavior, advantages, mask, cu_seqlens, entropy, denominator)
+        with on_device(logprobs):
+            triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, results[-_N_STATISTICS:], numbers, scale, flags)
+        return loss, results
+    gradient = results.data_ptr()
+    sums = gradient + 4 * n_tokens * _N_GRADIENTS[flags >> 7 & 3]
     addresses = [
         logprobs.data_ptr(),
         proximal.data_ptr(),
@@ -315,10 +322,10 @@ def _implementation(
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if entropy is None else entropy.data_ptr(),
         0 if denominator is None else denominator.data_ptr(),
-        gradients.data_ptr() if flags & _WANTS_GRADIENT else 0,
-        0 if of_entropy is None else of_entropy.data_ptr(),
+        gradient if flags & _WANTS_GRADIENT else 0,
+        sums - 4 * n_tokens if flags & _WANTS_ENTROPY_GRADIENT else 0,
         loss.data_ptr(),
-        sums.data_ptr(),
+        sums,
     ]
     sizes = n_tokens, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     module = compiled_module()
@@ -328,8 +335,9 @@ def _implementation(
     else:
         stream = cuda_stream(logprobs)
         workspace = _workspace(logprobs.device, stream, module.ppo_loss_cuda_workspace())
-        module.ppo_loss_cuda(addresses, *sizes, numbers, scale, flags, workspace.data_ptr(), stream)
-    return results
+        with on_device(logprobs):
+            module.ppo_loss_cuda(addresses, *sizes, numbers, scale, flags, workspace.data_ptr(), stream)
+    return loss, results
 
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
@@ -348,20 +356,19 @@ def _workspace(device: torch.device, stream: int, n: int) -> Tensor:
     return _workspaces[key]
 
 
-def _results(logprobs: Tensor, flags: int, real: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty: the loss [], the sums [13], the wanted gradients one after the other [0, T or 2 T]."""
-    n = bool(flags & _WANTS_GRADIENT) + bool(flags & _WANTS_ENTROPY_GRADIENT)
-    loss = torch.empty_like(_SCALAR) if logprobs.is_cpu and real else logprobs.new_empty(())  # the former is quicker
-    return loss, logprobs.new_empty(_N_STATISTICS), logprobs.new_empty(n * logprobs.shape[0])
+def _results(logprobs: Tensor, n_tokens: int, flags: int, real: bool) -> tuple[Tensor, Tensor]:
+    """Empty: the loss [], and in one tensor the wanted gradients one after the other [0, T or 2 T], then the 13 sums."""
+    loss = torch.empty_like(_SCALAR) if real and logprobs.is_cpu else logprobs.new_empty(())  # the former is quicker
+    return loss, logprobs.new_empty(_N_GRADIENTS[flags >> 7 & 3] * n_tokens + _N_STATISTICS)
 
 
-def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(logprobs, rest[-2], False)
+def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _results(logprobs, logprobs.shape[0], rest[-2], False)
 
 
 _op = define_op(
     "ppo_loss(Tensor logprobs, Tensor proximal, Tensor behavior, Tensor advantages, Tensor mask, Tensor? cu_seqlens, Tensor? entropy, "
-    "Tensor? denominator, float[] numbers, float scale, int flags, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? denominator, float[] numbers, float scale, int flags, str backend) -> (Tensor, Tensor)",
     _implementation,
     _fake,
 )
