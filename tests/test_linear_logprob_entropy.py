@@ -186,16 +186,6 @@ def test_backward_twice() -> None:
         assert torch.equal(x, y)
 
 
-def test_second_derivatives_are_refused() -> None:
-    hidden, weight, targets = inputs(8, 20, 8, 30, torch.float32, "cpu")
-    (h, w), expected = leaves(hidden, weight), leaves(hidden, weight)
-    first = torch.autograd.grad(linear_logprob_entropy(h, w, targets)[0].square().sum(), (h, w), create_graph=True)
-    want = torch.autograd.grad(linear_logprob_entropy(*expected, targets)[0].square().sum(), expected)
-    torch.testing.assert_close(first, want)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first[0].sum().backward()
-
-
 def test_compiles_without_a_break() -> None:
     hidden, weight, targets = inputs(9, 40, 8, 30, torch.float32, "cpu")
 

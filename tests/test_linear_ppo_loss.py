@@ -366,7 +366,7 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
         ({"objective": "gspo"}, "objective is 'gspo'"),
         ({"eps_clip": -0.1}, "eps_clip is -0.1"),
         ({"normalization": "mean"}, "normalization is 'mean'"),
-        ({"normalization": "sequence"}, "cu_seqlens is None"),
+        ({"normalization": "sequence"}, "needs cu_seqlens"),
         ({"normalization": "sequence", "cu_seqlens": [0, 4]}, "cu_seqlens is a list"),
         ({"normalization": "sequence", "cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens is int64; it must be int32"),
         ({"normalization": "sequence", "cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, "cu_seqlens has the shape"),
