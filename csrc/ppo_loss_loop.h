@@ -139,7 +139,7 @@ AREAL_INLINE PPOSequence summarise(const PPOLoss& call, int64_t begin, int64_t e
 }
 
 AREAL_INLINE void scale_gradient(float* gradient, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) gradient[i] *= factor;
+  for (int64_t i = 0; i < n; ++i) gradient[i] = gradient[i] != 0.0f ? gradient[i] * factor : 0.0f;  // 0 * NaN is not 0
 }
 
 // Tokens [begin, end) without anything of the sequence's level; sums[kStatistics] is added to.

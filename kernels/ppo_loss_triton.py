@@ -362,10 +362,11 @@ def ppo_loss(
         partial,
     )
     constants = {"FLAGS": flags & 127, "BLOCK": block, "ROW": _ROW, "num_warps": warps}
-    if programs and of_sequences:
+    if of_sequences:
         for given in gradient, entropy_gradient:
             if given is not None:
                 given.zero_()  # tokens outside of all sequences
+    if programs and of_sequences:
         ppo_sequences_kernel[(programs,)](*tensors, cu_seqlens, n_tokens, scale, *numbers, **constants)
     elif programs:
         ppo_tokens_kernel[(programs,)](*tensors, n_tokens, scale, *numbers, **constants)

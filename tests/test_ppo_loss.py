@@ -282,3 +282,32 @@ def test_a_filtered_token_without_probability_has_gradient_0(level, backend, dev
     assert loss.isfinite() and int(stats["filtered"]) == len(dropped)
     assert logprobs.grad.isfinite().all()
     assert [i for i in range(4) if logprobs.grad[i] == 0.0] == dropped
+
+
+@pytest.mark.parametrize(("backend", "device"), ALL)
+def test_without_sequences_no_token_counts(backend, device, on_backend):
+    x = make_inputs(1, 0 if device == "cpu" else 9)  # on the CPU sequences must cover all tokens
+    options = {"eps_clip": 0.2, "denominator": 1.0, "normalization": "sequence", "backend": backend}
+    loss, stats, gradient, _ = run(x, device, cu_seqlens=torch.zeros(1, dtype=torch.int32), **options)
+    assert loss == 0 and stats["n_tokens"] == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize(("backend", "device"), ALL)
+def test_a_sequence_whose_slope_is_nan_leaves_other_tokens_at_zero(backend, device, on_backend):
+    x = make_inputs(1, 20)
+    x["loss_mask"] = torch.arange(20) % 2 == 0
+    x["advantages"][4] = torch.nan
+    cuts = torch.tensor([0, 10, 20], dtype=torch.int32)
+    _, _, gradient, _ = run(x, device, cu_seqlens=cuts, ratio_level="sequence", eps_clip=0.9, denominator=1.0, backend=backend)
+    assert gradient[:10:2].isnan().all() and not gradient[1::2].any() and gradient[10:].isfinite().all()
+
+
+def test_fake_tensors_anywhere_do_not_reach_the_kernel():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = make_inputs(1, 9)
+    x = {name: value.float() if value.is_floating_point() else value for name, value in x.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x["advantages"] = mode.from_tensor(x["advantages"])
+    loss, _ = ppo_loss(**x, eps_clip=0.2, denominator=1.0)
+    assert type(loss).__name__ == "FakeTensor"

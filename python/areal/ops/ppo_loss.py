@@ -146,7 +146,7 @@ def ppo_loss(
     )
     dtype = _check(logprobs, proximal_logprobs, behavior_logprobs, advantages, loss_mask, entropy)
     cu_seqlens = _check_sequences(cu_seqlens, logprobs) if plan.flags & _OF_SEQUENCES else None
-    denominator = _check_denominator(denominator, logprobs.device)
+    denominator = _check_denominator(denominator, logprobs.device, dtype)
     unfit = () if dtype == torch.float32 else _DOUBLE_UNFIT
     which = backend_for("ppo_loss", logprobs.device, backend, has=_BACKENDS, unfit=unfit)
     tensors = (logprobs, proximal_logprobs, behavior_logprobs, advantages, loss_mask, cu_seqlens, entropy)
@@ -169,7 +169,9 @@ def ppo_loss(
             flags |= _WANTS_ENTROPY_GRADIENT
             wanting += (entropy,)
     # In plain eager mode past torch's dispatcher, which has nothing to add and costs a quarter of a short call.
-    if tracing or type(logprobs) is not Tensor or torch._C._len_torch_dispatch_stack():
+    plain = Tensor is type(logprobs) is type(proximal_logprobs) is type(behavior_logprobs) is type(advantages) is type(loss_mask)
+    plain = plain and (cu_seqlens is None or type(cu_seqlens) is Tensor) and (entropy is None or type(entropy) is Tensor)
+    if tracing or not plain or torch._C._len_torch_dispatch_stack():
         detached = None if entropy is None else entropy.detach()
         loss, results = _op(logprobs.detach(), *tensors[1:6], detached, divisor, plan.numbers, scale, flags, which)
     else:
@@ -255,8 +257,8 @@ def _check_sequences(cu_seqlens: Tensor | None, logprobs: Tensor) -> Tensor:
     return cu_seqlens
 
 
-def _check_denominator(denominator: float | Tensor, device: torch.device) -> float | Tensor:
-    """A number, or a float32 tensor on ``device`` (it then cannot be checked without waiting for the GPU)."""
+def _check_denominator(denominator: float | Tensor, device: torch.device, dtype: torch.dtype) -> float | Tensor:
+    """A number, or a tensor of ``dtype`` on ``device`` (it then cannot be checked without waiting for the GPU)."""
     if not isinstance(denominator, Tensor):
         if not denominator > 0:
             raise ValueError(f"ppo_loss: denominator is {denominator}; it must be above 0")
@@ -265,7 +267,7 @@ def _check_denominator(denominator: float | Tensor, device: torch.device) -> flo
         raise ValueError(f"ppo_loss: denominator has the shape {list(denominator.shape)}; it must be a number or a tensor of shape []")
     if denominator.device != device:
         raise ValueError(f"ppo_loss: denominator is on {denominator.device}; it must be a number or on {device}, like the first argument")
-    return denominator.detach().to(torch.float32)
+    return denominator.detach().to(dtype)
 
 
 class _WithGradients(torch.autograd.Function):
