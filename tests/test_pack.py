@@ -193,7 +193,7 @@ def test_many_tokens(on_backend: tuple[str, str]) -> None:
     lengths[7] = 70_000
     fields = {"input_ids": torch.arange(200 * 70_000, device=device, dtype=torch.int32).view(200, 70_000)}
     packed, want = (pack(fields, lengths, backend=b) for b in (backend, "torch"))
-    assert len(packed.position_ids) > 65536 + 70_000
+    assert len(packed.position_ids) > 100_000
     assert all(torch.equal(a, b) for a, b in zip(packed[1:-1], want[1:-1], strict=True))
     assert torch.equal(unpack(packed.fields["input_ids"], packed.cu_seqlens, backend=backend)[7], fields["input_ids"][7])
 
