@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the only place that imports the compiled module ``areal._C`` and the Triton kernels.
 
 Every op has the backend ``torch``, its reference. ``AREAL_OPS`` forces another for all ops (``AREAL_OPS=torch``) or for some
-(``AREAL_OPS=weights_hash=torch,plan_microbatches=cpp``), and is read once, when the first op runs; an op's ``backend`` argument goes before it. What is forced is used, or is
-an error: there is no silent fall-back.
+(``AREAL_OPS=weights_hash=torch,plan_microbatches=cpp``), and is read when an op first runs; an op's ``backend`` argument goes before
+it. What is forced is used, or is an error: there is no silent fall-back.
 """
 
 from __future__ import annotations
