@@ -74,7 +74,8 @@ def case(label: str, n: int, phase: str, functions: dict[str, Loss], x: tuple[Te
         moved = n * (FORWARD_BYTES + (BACKWARD_BYTES if phase != "forward" else 0))
         # A short call is launches and Python: its time is reported, and has no target.
         return Case(label, n, variants, check, "torch", Bytes(moved), SHARE if wanted and n >= 1 << 24 else None, phase)
-    return Case(label, n, variants, check, "torch", Rival("eager", FACTOR) if wanted else None, FACTOR if wanted else None, phase)
+    limit = Rival("eager", FACTOR) if wanted and n >= 1 << 16 else None
+    return Case(label, n, variants, check, "torch", limit, FACTOR if limit else None, phase)
 
 
 def forward(loss: Loss, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import compiled_module
-from areal.ops._pointer_table import on_device
-from areal.ops._registration import cuda_stream, define_op
+from areal.ops._registration import cuda_stream, define_op, on_device
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

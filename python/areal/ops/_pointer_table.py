@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -14,8 +13,3 @@ def device_table(words: Sequence[int], device: torch.device) -> Tensor:
     """int64 [n] on ``device``: ``words``, signed, sent on its current stream without waiting for anything."""
     table = torch.from_numpy(np.array(words, np.int64))
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, for launches; does nothing on the CPU, where the tests run CUDA kernels."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

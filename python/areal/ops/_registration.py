@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,3 +55,8 @@ def check_tensor(
 def cuda_stream(tensor: Tensor) -> int:
     """The address of the current stream of the tensor's device; 0 on the CPU, where the tests run CUDA kernels."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, for launches; does nothing on the CPU, where the tests run CUDA kernels."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
-from areal.ops._dispatch import backend_for, compiled_module, interprets_triton, triton_kernels
-from areal.ops._registration import check_tensor, define_op
+from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
+from areal.ops._registration import check_tensor, define_op, on_device
 
 _OP = "decode_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -245,10 +245,7 @@ def _triton(
     _check_ranges(slots, lengths, k_cache.shape[0], k_cache.shape[2])
     kernels = triton_kernels(_OP)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if interprets_triton():
-        kernels.launch(q, k_cache, v_cache, slots, lengths, new_k, new_v, out, scaling, window, softcap)
-        return out
-    with torch.cuda.device(q.device):
+    with on_device(q):
         kernels.launch(q, k_cache, v_cache, slots, lengths, new_k, new_v, out, scaling, window, softcap)
     return out
 

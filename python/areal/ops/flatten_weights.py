@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import backend_for, compiled_module
-from areal.ops._pointer_table import device_table, on_device
-from areal.ops._registration import check_tensor, cuda_stream, define_op
+from areal.ops._pointer_table import device_table
+from areal.ops._registration import check_tensor, cuda_stream, define_op, on_device
 from areal.ops.weights_layout import ALIGNMENT, DTYPES, WeightsLayout
 
 Backend = Literal["cpp", "cuda", "torch"]

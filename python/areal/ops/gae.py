@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from areal.ops._dispatch import backend_for, compiled_module
-from areal.ops._pointer_table import on_device
-from areal.ops._registration import check_tensor, cuda_stream, define_op
+from areal.ops._registration import check_tensor, cuda_stream, define_op, on_device
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

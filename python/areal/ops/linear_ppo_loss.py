@@ -12,7 +12,6 @@ The importance of a token, m, comes from outside (mask, normalization, denominat
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from areal.ops._dispatch import compiled_module, triton_kernels
 from areal.ops._linear_chunks import HeadGradients, LogitChunks, check_head, check_targets, memory_budget_for
 from areal.ops._linear_rows import choose, differentiate_, score
-from areal.ops._registration import check_tensor, define_op
+from areal.ops._registration import check_tensor, define_op, on_device
 from areal.ops.ppo_loss import ppo_loss
 from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters, ppo_token_gradient
 from areal.ops.ppo_torch import _sequences
@@ -356,7 +355,7 @@ def _rows_triton(
     kernels = triton_kernels(_OP)
     rows, n = logits.shape
     block, num_warps = kernels.block_of(n)
-    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
+    with on_device(logits):
         kernels.linear_ppo_kernel[(rows,)](
             logits,
             targets,

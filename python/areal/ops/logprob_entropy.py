@@ -9,7 +9,6 @@ computes the probabilities again. So each pass reads the logits once, and backwa
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
-from areal.ops._registration import check_tensor, cuda_stream, define_op
+from areal.ops._registration import check_tensor, cuda_stream, define_op, on_device
 
 Backend = Literal["torch", "cpp", "triton", "cuda"]
 
@@ -124,7 +123,7 @@ def _forward(logits: Tensor, targets: Tensor, temperature: float, backend: str) 
     if backend == "triton":
         kernels = triton_kernels(_OP)
         block, num_warps = kernels.block_of(n)
-        with _device_of(logits):
+        with on_device(logits):
             kernels.logprob_entropy_kernel[(rows,)](
                 logits, targets, logprobs, entropy, *statistics, n, 1.0 / temperature, BLOCK=block, num_warps=num_warps
             )
@@ -133,7 +132,7 @@ def _forward(logits: Tensor, targets: Tensor, temperature: float, backend: str) 
     module = compiled_module()
     assert module is not None
     if backend == "cuda":
-        with _device_of(logits):
+        with on_device(logits):
             module.logprob_entropy_cuda(addresses, (rows, n), _ELEMENT[logits.dtype], 1.0 / temperature, cuda_stream(logits))
     else:
         module.logprob_entropy(addresses, (rows, n), _ELEMENT[logits.dtype], 1.0 / temperature, torch.get_num_threads())
@@ -163,7 +162,7 @@ def _backward_into(
     if backend == "triton":
         kernels = triton_kernels(_OP)
         block, num_warps = kernels.block_of(n)
-        with _device_of(logits):
+        with on_device(logits):
             kernels.gradient_kernel[(rows,)](
                 logits,
                 targets,
@@ -184,7 +183,7 @@ def _backward_into(
     assert module is not None
     element, inverse = _ELEMENT[logits.dtype], 1.0 / temperature
     if backend == "cuda":
-        with _device_of(logits):
+        with on_device(logits):
             module.logprob_entropy_gradient_cuda(addresses, gradients, (rows, n), element, inverse, cuda_stream(logits))
     else:
         module.logprob_entropy_gradient(addresses, gradients, (rows, n), element, inverse, torch.get_num_threads())
@@ -204,10 +203,6 @@ def _addresses(logits: Tensor, targets: Tensor, logprobs: Tensor | None, entropy
     largest = statistics.data_ptr()
     log_sum = largest + statistics.stride(0) * statistics.element_size()
     return logits.data_ptr(), targets.data_ptr(), 0 if logprobs is None else logprobs.data_ptr(), entropy.data_ptr(), largest, log_sum
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 _ARGUMENTS = "Tensor targets, Tensor entropy, Tensor statistics, Tensor grad_logprobs, Tensor grad_entropy, float temperature, str backend"

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from areal.ops._dispatch import backend_for, compiled_module, triton_kernels
-from areal.ops._pointer_table import on_device
-from areal.ops._registration import check_tensor, cuda_stream, define_op
+from areal.ops._registration import check_tensor, cuda_stream, define_op, on_device
 from areal.ops.ppo_token import PPOParameters, choice, ppo_parameters
 from areal.ops.ppo_torch import PPOOptions, ppo_loss_torch
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from areal.ops._dispatch import backend_for, choose_backend, compiled_module, missing_cpp, missing_cuda
-from areal.ops._pointer_table import device_table, on_device
-from areal.ops._registration import cuda_stream, define_op
+from areal.ops._pointer_table import device_table
+from areal.ops._registration import cuda_stream, define_op, on_device
 
 Backend = Literal["cpp", "cuda", "torch"]
 
