@@ -118,9 +118,10 @@ class TrainEngine:
 
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
         are those of its training forward; only the others are computed beforehand. Returns statistics over all ranks: loss, n_tokens,
-        clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy,
-        kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine against
-        trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in seconds
+        clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction,
+        ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version,
+        logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens), and
+        this rank's spans [[kind, start, end]] in seconds
         since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
         stats = StepStats(self.device)
