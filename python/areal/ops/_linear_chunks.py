@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -152,6 +153,10 @@ def _products_accumulate_float32(device: torch.device, dtype: torch.dtype) -> bo
         torch.addmm(total, a.t(), a, out_dtype=torch.float32, out=total)
     except torch.OutOfMemoryError:  # says nothing about the product, and the answer is kept
         raise
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        warnings.warn(
+            f"torch {torch.__version__} cannot add 16-bit products to a float32 d(weight) here ({error}); they are cast to float32, which is slower",
+            stacklevel=2,
+        )
         return False
     return True
