@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.sglang_servers import sglang_python
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
@@ -27,8 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "needs a CUDA device"
-    if importlib.util.find_spec("sglang") is None:
-        missing["sglang"] = "needs SGLang"
+    if sglang_python() is None:
+        missing["sglang"] = "needs SGLang: `make test-sglang` installs it, or name its interpreter in AREAL_SGLANG_PYTHON"
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))

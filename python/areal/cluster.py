@@ -16,7 +16,7 @@ from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightsAck, WeightUpdateError
-from areal.inference.servers import RolloutServer, ServerStartError, n_servers, start_server
+from areal.inference.servers import RolloutServer, ServerStartError, start_server
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
@@ -96,7 +96,7 @@ class Cluster:
         self._resources.callback(self._end_servers)
         async with asyncio.TaskGroup() as starting:
             starting.create_task(self._start_trainer())
-            for index in range(n_servers(config.rollout.backend)):
+            for index in range(config.layout.n_servers):
                 starting.create_task(self._add_server(index))
 
     async def close(self) -> None:

@@ -6,7 +6,8 @@ Errors are one sentence naming the key and the way out (``ConfigError``). Import
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import re
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +19,28 @@ class ConfigError(ValueError):
         super().__init__(f"{message} ({hint})" if hint else message)
         self.message = message
         self.hint = hint
+
+
+class RolloutLayout(NamedTuple):
+    """``sglang:d4t2``: 4 servers of 2 ranks each."""
+
+    engine: Literal["embedded", "sglang"]
+    n_servers: int
+    n_ranks: int
+    """Tensor-parallel ranks of one server."""
+
+
+def parse_rollout_backend(backend: str) -> RolloutLayout:
+    """``ConfigError`` for anything but embedded:dN, sglang:dN and sglang:dNtM."""
+    match = re.fullmatch(r"(\w*)(?::(.*))?", backend)
+    engine, layout = (match.group(1), match.group(2) or "") if match else (backend, "")
+    if engine not in ("embedded", "sglang"):
+        raise ConfigError(f"rollout.backend='{backend}': the backend '{engine}' is not known here", "use embedded:dN or sglang:dN")
+    sizes = re.fullmatch(r"d([1-9]\d*)(?:t([1-9]\d*))?", layout)
+    if sizes is None or (engine == "embedded" and sizes.group(2)):
+        way_out = "sglang:dN or sglang:dNtM, N servers of M GPUs each" if engine == "sglang" else "embedded:dN with N of 1 or more"
+        raise ConfigError(f"rollout.backend='{backend}': '{layout}' is not a layout of {engine}", f"use {way_out}")
+    return RolloutLayout(engine, int(sizes.group(1)), int(sizes.group(2) or 1))  # type: ignore[arg-type]
 
 
 class _Node(BaseModel):
@@ -69,7 +92,9 @@ class RolloutConfig(_Node):
     """The side that generates."""
 
     backend: str = "embedded:d1"
-    """embedded:dN = N of areal's own engines, one process each."""
+    """embedded:dN = N of areal's own engines, one process each; sglang:dN or sglang:dNtM = N SGLang servers, each over M GPUs."""
+    urls: list[str] = Field(default_factory=list)
+    """Addresses (http://host:port) of the servers of backend where they run already, N of them; empty = they are started here."""
     max_concurrent_rollouts: int = Field(64, ge=1)
     """Groups in flight at most."""
     max_head_offpolicyness: int = Field(2, ge=0)
@@ -81,11 +106,14 @@ class RolloutConfig(_Node):
     consumer_batch_size: int = Field(32, ge=1)
     """Groups per train step."""
     max_running_requests: int = Field(64, ge=1)
-    """Sequences one embedded engine decodes at once (KV slots)."""
+    """Sequences one server decodes at once."""
     max_context: int = Field(0, ge=0)
     """Longest prompt + answer in tokens; 0 = the model's own limit."""
-    update_mode: Literal["retract", "in_place"] = "retract"
-    """What running sequences do with their KV at a weight update: recompute it, or keep it."""
+    update_mode: Literal["auto", "abort", "retract", "in_place"] = "auto"
+    """What running sequences do at a weight update: abort = they end, and are sent again with the tokens they have; retract = they stay
+    in the server and recompute their KV; in_place = they keep it (embedded only). auto = abort with sglang, retract with embedded."""
+    colocate: bool = False
+    """Servers run on the GPUs of the trainer and get its weights there (weight_sync.transport tensor)."""
     episode_timeout: float = Field(600.0, gt=0)
     """Seconds an episode may take before its group is dropped and counted."""
     request_timeout: float = Field(300.0, gt=0)
@@ -95,9 +123,34 @@ class RolloutConfig(_Node):
     max_restarts: int = Field(2, ge=0)
     """How often a dead rollout server is replaced before the run ends."""
     threads: int = Field(1, ge=1)
-    """CPU threads of one embedded engine."""
+    """CPU threads of one server."""
     device: str = "auto"
-    """auto, cpu, or cuda:N for the first engine (the next ones count up)."""
+    """auto, cpu, or cuda:N for the first server (the next ones count up)."""
+
+
+class SGLangConfig(_Node):
+    """SGLang servers that are started here (rollout.backend: sglang:dN)."""
+
+    python: str = ""
+    """Interpreter of the environment that SGLang is installed in; empty = the one that runs areal."""
+    options: dict[str, bool | int | float | str | list[str]] = Field(default_factory=dict)
+    """Options of sglang.launch_server by their names, e.g. mem_fraction_static: 0.7; true gives a flag."""
+
+
+class WeightSyncConfig(_Node):
+    """How new weights reach the rollout servers."""
+
+    transport: Literal["auto", "shm", "broadcast", "disk", "tensor"] = "auto"
+    """shm (embedded servers on this machine), broadcast (NCCL or gloo), disk (also a shared file system), tensor (same GPU or machine);
+    auto = shm for embedded servers, tensor with rollout.colocate, else broadcast."""
+    bucket_mb: int = Field(64, ge=1)
+    """MiB of weights that are gathered and sent at a time."""
+    verify: Literal["always", "first", "never"] = "always"
+    """After which updates what a server holds is compared with what the trainer sent; first = after the first one of every server."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds a server may take to stop generating, and again to take one update; after that it is replaced."""
+    folder: str = ""
+    """disk: where the weights are written; every server must see it under the same path. Empty = the run's folder."""
 
 
 class OptimizerConfig(_Node):
@@ -329,6 +382,8 @@ class GRPOConfig(_Node):
     reward_fn: str = ""
     """Import path of the reward function, package.module:name; empty = that of the data set."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    sglang: SGLangConfig = Field(default_factory=SGLangConfig)
+    weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
     gconfig: GenerationConfig = Field(default_factory=GenerationConfig)
     actor: ActorConfig
     train_dataset: DatasetConfig
@@ -340,6 +395,27 @@ class GRPOConfig(_Node):
     saver: SaverConfig = Field(default_factory=SaverConfig)
     evaluator: EvaluatorConfig = Field(default_factory=EvaluatorConfig)
     stats_logger: StatsLoggerConfig = Field(default_factory=StatsLoggerConfig)
+
+    @property
+    def layout(self) -> RolloutLayout:
+        """Which servers ``rollout.backend`` means."""
+        return parse_rollout_backend(self.rollout.backend)
+
+    @property
+    def update_mode(self) -> Literal["abort", "retract", "in_place"]:
+        """``rollout.update_mode`` with auto resolved."""
+        mode = self.rollout.update_mode
+        return mode if mode != "auto" else "abort" if self.layout.engine == "sglang" else "retract"
+
+    @property
+    def transport(self) -> Literal["shm", "broadcast", "disk", "tensor"]:
+        """``weight_sync.transport`` with auto resolved."""
+        transport = self.weight_sync.transport
+        if transport != "auto":
+            return transport
+        if self.rollout.colocate:
+            return "tensor"
+        return "shm" if self.layout.engine == "embedded" and not self.rollout.urls else "broadcast"
 
     @property
     def held_out(self) -> DatasetConfig:

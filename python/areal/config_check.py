@@ -11,30 +11,27 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig
+from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
 from areal.launcher.gpus import count_gpus
 
 
-def parse_backend(key: str, value: str, engine: str) -> int:
-    """N of ``<engine>:dN``."""
-    match = re.fullmatch(r"([a-z]+):([a-z]\d+)*", value)
-    if match is None:
-        raise ConfigError(f"{key}='{value}' is not a backend", f"write {engine}:d1, or {engine}:dN for N of them")
-    if match.group(1) != engine:
-        raise ConfigError(f"{key}='{value}': the backend '{match.group(1)}' is not known here", f"use {engine}:dN")
-    layout = value.partition(":")[2]
-    if (size := re.fullmatch(r"d([1-9]\d*)", layout)) is None:
-        raise ConfigError(
-            f"{key}='{value}': '{layout}' is not a layout of {engine}",
-            f"use {engine}:dN with N of 1 or more; only data parallelism is known",
-        )
-    return int(size.group(1))
+def parse_trainer_backend(value: str) -> int:
+    """N of ``fsdp:dN``."""
+    if (match := re.fullmatch(r"fsdp:d([1-9]\d*)", value)) is not None:
+        return int(match.group(1))
+    engine, _, layout = value.partition(":")
+    if engine != "fsdp":
+        raise ConfigError(f"actor.backend='{value}': the backend '{engine}' is not known here", "use fsdp:dN")
+    raise ConfigError(
+        f"actor.backend='{value}': '{layout}' is not a layout of fsdp",
+        "use fsdp:dN with N of 1 or more; only data parallelism is known",
+    )
 
 
 def check_config(config: GRPOConfig) -> None:
     """Raises ``ConfigError`` for keys that do not fit together."""
-    parse_backend("rollout.backend", config.rollout.backend, "embedded")
-    n_ranks = parse_backend("actor.backend", config.actor.backend, "fsdp")
+    n_ranks = parse_trainer_backend(config.actor.backend)
+    _check_rollout(config)
     _check_batch(config, n_ranks)
     _check_lengths(config)
     _check_sampling(config)
@@ -50,6 +47,38 @@ def check_config(config: GRPOConfig) -> None:
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
     return {"rollout.device": config.rollout.device, "actor.device": config.actor.device}
+
+
+def _check_rollout(config: GRPOConfig) -> None:
+    """Servers, how they are interrupted, and how weights reach them."""
+    rollout, layout = config.rollout, config.layout
+    if rollout.urls and len(rollout.urls) != layout.n_servers:
+        raise ConfigError(
+            f"rollout.urls has {len(rollout.urls)} addresses, but rollout.backend='{rollout.backend}' means {layout.n_servers} servers",
+            f"set rollout.backend={layout.engine}:d{len(rollout.urls)}",
+        )
+    for url in rollout.urls:
+        if not re.fullmatch(r"http://[^/\s:]+:\d+/?", url):
+            raise ConfigError(f"rollout.urls: '{url}' is not an address", "write http://host:port")
+    if layout.engine == "embedded":
+        if config.sglang != SGLangConfig():
+            raise ConfigError(f"sglang.* is set, but rollout.backend='{rollout.backend}' starts no SGLang", "set rollout.backend=sglang:d1")
+        return
+    if config.transport == "shm":
+        raise ConfigError(
+            "weight_sync.transport=shm works with embedded servers only", "use broadcast, disk or tensor; auto takes one that fits"
+        )
+    if config.update_mode == "in_place":
+        raise ConfigError(
+            "rollout.update_mode=in_place works with embedded servers only: SGLang's log-probs of mixed KV could not be recomputed",
+            "use abort or retract",
+        )
+    if config.update_mode == "retract" and config.sglang.options.get("disable_radix_cache") is False:
+        raise ConfigError(
+            "rollout.update_mode=retract with a radix cache would serve KV of old weights", "remove sglang.options.disable_radix_cache"
+        )
+    if config.deterministic:
+        raise ConfigError("deterministic=true needs the embedded engine", "set rollout.backend=embedded:d1, or deterministic=false")
 
 
 def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
@@ -188,7 +217,7 @@ def _check_gpus(config: GRPOConfig) -> None:
     for key, device in _devices(config).items():
         check_device(key, device)
     n_gpus = count_gpus()
-    n_ranks = parse_backend("actor.backend", config.actor.backend, "fsdp")
+    n_ranks = parse_trainer_backend(config.actor.backend)
     if config.actor.device != "cpu" and 0 < n_gpus < n_ranks:
         raise ConfigError(
             f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",

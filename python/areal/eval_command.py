@@ -12,7 +12,7 @@ from areal.cluster import first_error
 from areal.config import ConfigError, GRPOConfig
 from areal.evaluation import Evaluation, evaluate, held_out_rows
 from areal.inference.client import RolloutClient
-from areal.inference.servers import n_servers, start_server
+from areal.inference.servers import start_server
 from areal.reward import RewardService
 from areal.run_folder import load_tokenizer
 from areal.workflow.build import build_workflow
@@ -40,9 +40,7 @@ async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]
         resources.push_async_callback(client.close)
         try:
             async with asyncio.TaskGroup() as starting:
-                started = [
-                    starting.create_task(start_server(config, model_folder, logs, i)) for i in range(n_servers(config.rollout.backend))
-                ]
+                started = [starting.create_task(start_server(config, model_folder, logs, i)) for i in range(config.layout.n_servers)]
         finally:
             for task in started:
                 if not task.cancelled() and task.exception() is None:

@@ -303,7 +303,7 @@ class RolloutClient:
                 return ack
 
     async def _update(self, server: _Server, name: str, version: int) -> WeightsAck | None:
-        body = {"name": name, "version": version, "mode": self.config.update_mode}
+        body = {"name": name, "version": version, "mode": "in_place" if self.config.update_mode == "in_place" else "retract"}
         try:
             answer = await server.wire.call("POST", "/update_weights_from_shm", body, timeout=self.config.request_timeout)
         except TimeoutError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 import time
 from dataclasses import dataclass
@@ -31,13 +30,6 @@ class RolloutServer:
     @property
     def name(self) -> str:
         return f"rollout {self.index}"
-
-
-def n_servers(backend: str) -> int:
-    """N of ``embedded:dN``."""
-    match = re.fullmatch(r"embedded:d(\d+)", backend)
-    assert match is not None, f"check_config let rollout.backend={backend} through"
-    return int(match.group(1))
 
 
 def rollout_device(config: GRPOConfig, index: int) -> str:
@@ -83,7 +75,7 @@ def _start_process(config: GRPOConfig, model_dir: Path, run_dir: Path, index: in
         "max-running-requests": rollout.max_running_requests,
         "max-context": rollout.max_context,
         "threads": rollout.threads,
-        "update-mode": rollout.update_mode,
+        "update-mode": "in_place" if config.update_mode == "in_place" else "retract",
     }
     argv = ["-m", "areal.inference.embedded.server"]
     for key, value in arguments.items():

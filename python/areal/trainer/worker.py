@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal.config import GRPOConfig, OptimizerConfig
-from areal.config_check import parse_backend
+from areal.config_check import parse_trainer_backend
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
 
@@ -40,7 +40,7 @@ class TrainerHandle:
     """All ranks of the trainer. ``await TrainerHandle.start(...)``; methods may be called from one event loop only."""
 
     def __init__(self, config: GRPOConfig, run_folder: Path) -> None:
-        self.world_size = parse_backend("actor.backend", config.actor.backend, "fsdp")
+        self.world_size = parse_trainer_backend(config.actor.backend)
         self.shm_name = f"{os.getpid()}-{secrets.token_hex(4)}"
         """The shared memory segment that ``publish`` writes to."""
         self._config = config

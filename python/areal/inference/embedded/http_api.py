@@ -7,33 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import orjson
 from aiohttp import web
-from torch import Tensor
 
 from areal.inference.embedded.driver import EngineDied, EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
+from areal.inference.embedded.http_json import failure, json_response, parse_json, parse_object
 from areal.inference.embedded.protocol import GenerateCall, answer_json, parse_generate
 from areal.inference.embedded.request import Answer, RequestError
-from areal.models.loading import load_model
-from areal.ops.weights_hash import weights_hash
-from areal.weight_sync.shm import ShmReader, WeightSyncError
-
-_SHM_TIMEOUT = 30.0
-"""Seconds that an update waits for the version it was told about."""
-
-
-def json_response(content: Any, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(content), status=status, content_type="application/json")
-
-
-def failure(sentence: str, status: int = 400) -> web.Response:
-    return json_response({"success": False, "message": sentence, "error": {"message": sentence}}, status)
+from areal.inference.embedded.weights_api import WeightsAPI
 
 
 class EngineServer:
@@ -43,11 +29,7 @@ class EngineServer:
         self._engine = engine
         self._model_path = model_path
         self._driver = EngineDriver(engine, on_failure)
-        self._weight_version = str(engine.version)
-        self._hash = ""
-        self._readers: dict[str, ShmReader] = {}
-        self._update_lock = asyncio.Lock()
-        self._updates: set[asyncio.Task[web.Response]] = set()
+        self._weights = WeightsAPI(engine, self._driver)
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30, middlewares=[_errors])
@@ -56,9 +38,8 @@ class EngineServer:
             "/pause_generation": self.pause_generation,
             "/continue_generation": self.continue_generation,
             "/abort_request": self.abort_request,
-            "/update_weights_from_disk": self.update_weights_from_disk,
-            "/update_weights_from_shm": self.update_weights_from_shm,
             "/flush_cache": self.flush_cache,
+            **self._weights.routes,
         }.items():
             app.router.add_post(path, handler)
         for path, handler in {
@@ -74,7 +55,7 @@ class EngineServer:
 
     async def start(self) -> None:
         self._driver.start()
-        self._hash = await self._driver.call(_hash_of, is_long=True)
+        await self._weights.start()
 
     @property
     def failure(self) -> BaseException | None:
@@ -83,15 +64,14 @@ class EngineServer:
 
     async def stop(self) -> None:
         await self._driver.stop()
-        for reader in self._readers.values():
-            reader.close()
+        self._weights.close()
 
     # -- generation -------------------------------------------------------------------------------------------------------------
 
     async def generate(self, http: web.Request) -> web.StreamResponse:
         start = time.perf_counter()
         engine = self._engine
-        call = parse_generate(_json(await http.read()), engine.tokenizer, engine.max_context)
+        call = parse_generate(parse_json(await http.read()), engine.tokenizer, engine.max_context)
         for request in call.requests:
             engine.check(request)
         if call.stream:
@@ -104,7 +84,7 @@ class EngineServer:
                 self._driver.abort_soon(rid)
             raise
         latency = time.perf_counter() - start
-        contents = [answer_json(answer, call, engine.tokenizer, self._weight_version, latency) for answer in answers]
+        contents = [answer_json(answer, call, engine.tokenizer, self._weights.label, latency) for answer in answers]
         return json_response(contents if call.is_list else contents[0])
 
     async def _stream(self, http: web.Request, call: GenerateCall, start: float) -> web.StreamResponse:
@@ -125,7 +105,7 @@ class EngineServer:
                 if isinstance(answer, asyncio.Future):
                     answer = answer.result()
                     running -= 1
-                content = answer_json(answer, call, self._engine.tokenizer, self._weight_version, time.perf_counter() - start)
+                content = answer_json(answer, call, self._engine.tokenizer, self._weights.label, time.perf_counter() - start)
                 if call.is_list:
                     content["index"] = index
                 await response.write(b"data: " + orjson.dumps(content) + b"\n\n")
@@ -137,7 +117,7 @@ class EngineServer:
         return response
 
     async def abort_request(self, http: web.Request) -> web.Response:
-        body = _object(await http.read())
+        body = parse_object(await http.read())
         if not body.get("abort_all") and not isinstance(body.get("rid"), str):
             return failure("give rid, the id of the request to be aborted, or abort_all: true")
         rid = None if body.get("abort_all") else body["rid"]
@@ -145,7 +125,7 @@ class EngineServer:
         return json_response({"success": True, "aborted": n})
 
     async def pause_generation(self, http: web.Request) -> web.Response:
-        mode = _object(await http.read()).get("mode", "abort")
+        mode = parse_object(await http.read()).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
             return failure(f"mode is {mode!r}; it must be abort, retract or in_place")
         await self._driver.call(lambda engine: engine.pause(mode))
@@ -154,95 +134,6 @@ class EngineServer:
     async def continue_generation(self, http: web.Request) -> web.Response:
         await self._driver.call(lambda engine: engine.resume())
         return json_response({"status": "ok", "message": "Generation continued successfully."})
-
-    # -- weights ----------------------------------------------------------------------------------------------------------------
-
-    async def update_weights_from_disk(self, http: web.Request) -> web.Response:
-        body = _object(await http.read())
-        path, label = body.get("model_path"), body.get("weight_version")
-        if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
-            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
-
-        def read() -> dict[str, Tensor]:
-            dtype = next(self._engine.model.parameters()).dtype
-            return dict(load_model(path, dtype=dtype).named_parameters())
-
-        async def update() -> web.Response:
-            async with self._update_lock:
-                try:
-                    tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
-                except (OSError, ValueError) as error:
-                    return failure(f"model_path {path} cannot be loaded: {error}")
-
-                def load(parameters: Mapping[str, Tensor]) -> int:
-                    _copy_all(tensors, parameters)
-                    return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
-
-                return await self._update(load, body, None if label is None else str(label))
-
-        return await self._to_the_end(update())
-
-    async def update_weights_from_shm(self, http: web.Request) -> web.Response:
-        body = _object(await http.read())
-        name, version = body.get("name"), body.get("version")
-        if not isinstance(name, str) or not isinstance(version, int):
-            return failure("give name, the shared memory's, and version, the oldest one to be taken")
-
-        def fetch() -> tuple[ShmReader, int]:
-            reader = self._readers.get(name)
-            if reader is None:
-                reader = self._readers[name] = ShmReader(name)
-            return reader, reader.fetch(version, _SHM_TIMEOUT)[0]
-
-        async def update() -> web.Response:
-            async with self._update_lock:
-                try:
-                    reader, found = await asyncio.to_thread(fetch)  # beside generation; only the copy into the parameters interrupts it
-                except (ValueError, OSError, WeightSyncError) as error:
-                    self._forget_reader(name)
-                    return failure(f"the weights were not updated: {error}")
-
-                def load(parameters: Mapping[str, Tensor]) -> int:
-                    reader.apply(parameters)
-                    return found
-
-                return await self._update(load, body, None)
-
-        return await self._to_the_end(update())
-
-    async def _to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
-        """Also when the client goes: the next update must not find the staging memory in use by a thread that nobody waits for."""
-        task = asyncio.create_task(update)
-        self._updates.add(task)
-        task.add_done_callback(self._updates.discard)
-        return await asyncio.shield(task)
-
-    def _forget_reader(self, name: str) -> None:
-        """The next update opens the segment anew: another publisher may have the name by then."""
-        if (reader := self._readers.pop(name, None)) is not None:
-            reader.close()
-
-    async def _update(self, load: Callable[[Mapping[str, Tensor]], int], body: dict[str, Any], label: str | None) -> web.Response:
-        mode = body.get("mode")
-        if mode not in (None, "abort", "retract", "in_place"):
-            return failure(f"mode is {mode!r}; it must be abort, retract or in_place")
-
-        def update(engine: EmbeddedEngine) -> tuple[int, str]:
-            start = time.time()
-            if mode == "abort" or body.get("abort_all_requests"):
-                engine.abort(None)
-            engine.update_weights(load, None if mode == "abort" else mode)
-            result = engine.version, _hash_of(engine)
-            self._driver.add_span("weight_sync", start, time.time())
-            return result
-
-        try:
-            version, self._hash = await self._driver.call(update, is_long=True)
-        except (ValueError, OSError) as error:
-            return failure(f"the weights were not updated: {error}")
-        self._weight_version = label or str(version)
-        message = f"Weights updated to version {version}."
-        return json_response({"success": True, "message": message, "version": version, "hash": self._hash, "num_paused_requests": 0})
 
     # -- information ------------------------------------------------------------------------------------------------------------
 
@@ -257,7 +148,7 @@ class EngineServer:
                 "model_path": self._model_path,
                 "tokenizer_path": self._model_path,
                 "is_generation": True,
-                "weight_version": self._weight_version,
+                "weight_version": self._weights.label,
                 "max_context": self._engine.max_context,
                 "engine": "areal embedded",
             }
@@ -274,7 +165,7 @@ class EngineServer:
             "running": engine.n_running,
             "waiting": engine.n_waiting,
             "version": engine.version,
-            "hash": self._hash,
+            "hash": self._weights.hash,
             "busy_seconds": self._driver.busy_seconds,
             "spans": self._driver.drain_spans(),
         }
@@ -300,32 +191,3 @@ def _done(news: asyncio.Queue[tuple[int, Any]], index: int, future: asyncio.Futu
 
 def _tell(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[tuple[int, Any]], index: int, answer: Answer) -> None:
     loop.call_soon_threadsafe(news.put_nowait, (index, answer))
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is not JSON: {error}") from error
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    content = _json(body) if body else {}
-    if not isinstance(content, dict):
-        raise RequestError("the body must be a JSON object")
-    return content
-
-
-def _hash_of(engine: EmbeddedEngine) -> str:
-    return f"{weights_hash(engine.parameters()):016x}"
-
-
-def _copy_all(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Copies every parameter; raises ValueError before the first copy if names or shapes differ."""
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor '{name}'")
-        if tensors[name].shape != parameter.shape:
-            raise ValueError(f"tensor '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])

@@ -1,0 +1,154 @@
+"""The weight updates of SGLang's protocol on one embedded engine, and areal's own /update_weights_from_shm."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from torch import Tensor
+
+from areal.inference.embedded.driver import EngineDriver
+from areal.inference.embedded.engine import EmbeddedEngine
+from areal.inference.embedded.http_json import failure, json_response, parse_object
+from areal.models.loading import load_model
+from areal.ops.weights_hash import weights_hash
+from areal.weight_sync.shm import ShmReader, WeightSyncError
+
+_SHM_TIMEOUT = 30.0
+"""Seconds that an update waits for the version it was told about."""
+
+
+class WeightsAPI:
+    """Takes new weights over HTTP, one update at a time."""
+
+    def __init__(self, engine: EmbeddedEngine, driver: EngineDriver) -> None:
+        self._engine = engine
+        self._driver = driver
+        self.label = str(engine.version)
+        """What ``meta_info.weight_version`` says."""
+        self.hash = ""
+        """Of the engine's own parameters, 16 hex digits."""
+        self._readers: dict[str, ShmReader] = {}
+        self._update_lock = asyncio.Lock()
+        self._updates: set[asyncio.Task[web.Response]] = set()
+
+    @property
+    def routes(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
+        """POST handlers by path."""
+        return {
+            "/update_weights_from_disk": self.update_weights_from_disk,
+            "/update_weights_from_shm": self.update_weights_from_shm,
+        }
+
+    async def start(self) -> None:
+        self.hash = await self._driver.call(_hash_of, is_long=True)
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    async def update_weights_from_disk(self, http: web.Request) -> web.Response:
+        body = parse_object(await http.read())
+        path, label = body.get("model_path"), body.get("weight_version")
+        if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
+            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
+
+        def read() -> dict[str, Tensor]:
+            dtype = next(self._engine.model.parameters()).dtype
+            return dict(load_model(path, dtype=dtype).named_parameters())
+
+        async def update() -> web.Response:
+            async with self._update_lock:
+                try:
+                    tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
+                except (OSError, ValueError) as error:
+                    return failure(f"model_path {path} cannot be loaded: {error}")
+
+                def load(parameters: Mapping[str, Tensor]) -> int:
+                    _copy_all(tensors, parameters)
+                    return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
+
+                return await self._update(load, body, None if label is None else str(label))
+
+        return await self._to_the_end(update())
+
+    async def update_weights_from_shm(self, http: web.Request) -> web.Response:
+        body = parse_object(await http.read())
+        name, version = body.get("name"), body.get("version")
+        if not isinstance(name, str) or not isinstance(version, int):
+            return failure("give name, the shared memory's, and version, the oldest one to be taken")
+
+        def fetch() -> tuple[ShmReader, int]:
+            reader = self._readers.get(name)
+            if reader is None:
+                reader = self._readers[name] = ShmReader(name)
+            return reader, reader.fetch(version, _SHM_TIMEOUT)[0]
+
+        async def update() -> web.Response:
+            async with self._update_lock:
+                try:
+                    reader, found = await asyncio.to_thread(fetch)  # beside generation; only the copy into the parameters interrupts it
+                except (ValueError, OSError, WeightSyncError) as error:
+                    self._forget_reader(name)
+                    return failure(f"the weights were not updated: {error}")
+
+                def load(parameters: Mapping[str, Tensor]) -> int:
+                    reader.apply(parameters)
+                    return found
+
+                return await self._update(load, body, None)
+
+        return await self._to_the_end(update())
+
+    async def _to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
+        """Also when the client goes: the next update must not find the staging memory in use by a thread that nobody waits for."""
+        task = asyncio.create_task(update)
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+        return await asyncio.shield(task)
+
+    def _forget_reader(self, name: str) -> None:
+        """The next update opens the segment anew: another publisher may have the name by then."""
+        if (reader := self._readers.pop(name, None)) is not None:
+            reader.close()
+
+    async def _update(self, load: Callable[[Mapping[str, Tensor]], int], body: dict[str, Any], label: str | None) -> web.Response:
+        mode = body.get("mode")
+        if mode not in (None, "abort", "retract", "in_place"):
+            return failure(f"mode is {mode!r}; it must be abort, retract or in_place")
+
+        def update(engine: EmbeddedEngine) -> tuple[int, str]:
+            start = time.time()
+            if mode == "abort" or body.get("abort_all_requests"):
+                engine.abort(None)
+            engine.update_weights(load, None if mode == "abort" else mode)
+            result = engine.version, _hash_of(engine)
+            self._driver.add_span("weight_sync", start, time.time())
+            return result
+
+        try:
+            version, self.hash = await self._driver.call(update, is_long=True)
+        except (ValueError, OSError) as error:
+            return failure(f"the weights were not updated: {error}")
+        self.label = label or str(version)
+        message = f"Weights updated to version {version}."
+        return json_response({"success": True, "message": message, "version": version, "hash": self.hash, "num_paused_requests": 0})
+
+
+def _hash_of(engine: EmbeddedEngine) -> str:
+    return f"{weights_hash(engine.parameters()):016x}"
+
+
+def _copy_all(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copies every parameter; raises ValueError before the first copy if names or shapes differ."""
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise ValueError(f"the checkpoint has no tensor '{name}'")
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(f"tensor '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])

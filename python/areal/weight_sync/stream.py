@@ -1,0 +1,109 @@
+"""Weights on their way in buckets: what every transport that streams shares.
+
+The trainer's ranks gather one bucket at a time, all of them together; rank 0 hands it to a ``Sender``, which has it on the wire while
+the next one is gathered. No rank ever holds more than its own parameters and two buckets.
+
+A bucket is uint8 memory with its tensors one directly behind the other, without gaps: the form of SGLang's ``flattened_bucket`` and of
+the data section of a safetensors file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a bucket, by the name that goes over the wire (that of a Hugging Face checkpoint)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """Bytes from the start of the bucket."""
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view(self, data: Tensor) -> Tensor:
+        """This tensor in the bucket's memory; a copy where the offset is no multiple of the dtype's size."""
+        raw = data[self.offset : self.offset + self.nbytes]
+        if (raw.storage_offset() + raw.untyped_storage().data_ptr()) % self.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPlan:
+    """What one bucket holds; every rank makes the same plan."""
+
+    index: int
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        last = self.tensors[-1]
+        return last.offset + last.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A rollout server that is to get weights."""
+
+    url: str
+    n_ranks: int = 1
+    """Its tensor-parallel ranks."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one target."""
+
+    url: str
+    error: str | None = None
+    """One sentence that names server, bucket and parameter; None = it has all buckets."""
+
+
+class Sender(Protocol):
+    """Rank 0's end of a transport. One update at a time: begin, then buffer and send for every bucket in order, then finish."""
+
+    def begin(self, version: int, buckets: Sequence[BucketPlan], targets: Sequence[Target]) -> None:
+        """Gets ready, connecting targets that are new. A target that fails here or later is left out of the rest of this update."""
+        ...
+
+    def buffer(self, bucket: BucketPlan) -> Tensor:
+        """Memory for a bucket, uint8 [nbytes], on the trainer's device; waits until one of the two is free."""
+        ...
+
+    def send(self, bucket: BucketPlan, data: Tensor) -> None:
+        """Puts ``data`` (what ``buffer`` gave, filled) on the way to every target and returns at once."""
+        ...
+
+    def finish(self) -> list[Outcome]:
+        """Waits, at most until the deadline, and says what became of every target."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def plan_buckets(tensors: Iterable[tuple[str, Sequence[int], torch.dtype]], bucket_bytes: int) -> list[BucketPlan]:
+    """Cuts tensors, in their order, into buckets of at most ``bucket_bytes``; a larger tensor has one of its own."""
+    buckets: list[BucketPlan] = []
+    specs: list[TensorSpec] = []
+    end = 0
+    for name, shape, dtype in tensors:
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if specs and end + nbytes > bucket_bytes:
+            buckets.append(BucketPlan(len(buckets), tuple(specs)))
+            specs, end = [], 0
+        specs.append(TensorSpec(name, tuple(shape), dtype, end))
+        end += nbytes
+    if specs:
+        buckets.append(BucketPlan(len(buckets), tuple(specs)))
+    return buckets

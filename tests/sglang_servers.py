@@ -1,0 +1,51 @@
+"""Real SGLang servers on a tiny random model, for tests marked ``sglang``.
+
+The interpreter of SGLang's own environment is that of AREAL_SGLANG_PYTHON, else of .venv-sglang (``make test-sglang`` makes it).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from areal.inference.sglang import Option, sglang_argv, sglang_env
+from areal.launcher.local import ChildProcess, free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sglang_python() -> str | None:
+    """The interpreter that has SGLang, None where there is none."""
+    named = os.environ.get("AREAL_SGLANG_PYTHON")
+    if named:
+        return named
+    own = ROOT / ".venv-sglang" / "bin" / "python"
+    return str(own) if own.exists() else None
+
+
+class SGLangServer:
+    """One SGLang process on the CPU, in float32."""
+
+    def __init__(self, model: Path, log: Path, name: str = "rollout 0", n_ranks: int = 1, **options: Option) -> None:
+        python = sglang_python()
+        assert python is not None
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        argv = sglang_argv(model, port, device="cpu", dtype="float32", n_ranks=n_ranks, options=options)
+        self.process = ChildProcess(name, argv, log, sglang_env("cpu", 1), python=python)
+
+    def wait(self, timeout: float = 110.0) -> SGLangServer:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(self.process.describe_death(40))
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return self
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.2)
+        raise AssertionError(f"not ready after {timeout} s: {self.process.last_log_lines(40)}")
