@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from areal.models.loading import create_model
+from areal.ops.weights_hash import weights_hash
 from areal.weight_sync.stream import BucketPlan, Outcome, Sender, Target, plan_buckets
 
 PROMPT = [5, 7, 3, 9, 11, 4]
@@ -44,7 +45,7 @@ def send(
             data[spec.offset : spec.offset + spec.nbytes] = tensors[spec.name].reshape(-1).view(torch.uint8)
         before(bucket)
         sender.send(bucket, data)
-    return sender.finish()
+    return sender.finish(weights_hash(tensors))
 
 
 def post(url: str, path: str, content: Any, timeout: float = 60) -> Any:

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from areal.ops.weights_hash import weights_hash
 from areal.weight_sync.safetensors_file import header_bytes
 from areal.weight_sync.stream import BucketPlan, Outcome, Target
 
@@ -64,19 +63,15 @@ class DiskSender:
         folder: for the versions; made if it is missing.
         source: the model's folder, for the config, the tokenizer and other small files that go into each version.
         device: where the buckets are gathered.
-        want_hash: whether the manifest has the hash of the weights.
 
     A bucket is written in a thread while the next one is gathered. Nothing raises between ``begin`` and ``finish``: what went wrong
     (a full disk) is the error of the one outcome of ``finish``, whose ``url`` is the version's path, and nothing is left of that version.
     """
 
-    def __init__(self, folder: Path, source: Path, *, device: torch.device | str = "cpu", want_hash: bool = True) -> None:
+    def __init__(self, folder: Path, source: Path, *, device: torch.device | str = "cpu") -> None:
         self._folder = folder
         self._source = source
         self._device = torch.device(device)
-        self._want_hash = want_hash
-        self.hash: int | None = None
-        """Of the version last written; None without ``want_hash``."""
         self._buffers: list[Tensor] = []
         self._staging: Tensor | None = None
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
@@ -95,7 +90,6 @@ class DiskSender:
         self._path = version_folder(self._folder, version)
         self._partial = self._path.with_name(self._path.name + _PARTIAL)
         self._error: str | None = None
-        self._digest = 0
         self._reserve(max(bucket.nbytes for bucket in buckets))
         try:
             self._make_partial(sum(bucket.nbytes for bucket in buckets))
@@ -117,16 +111,16 @@ class DiskSender:
         which = next(i for i, buffer in enumerate(self._buffers) if buffer.untyped_storage().data_ptr() == start)
         self._jobs.put((bucket, which, filled))
 
-    def finish(self) -> list[Outcome]:
+    def finish(self, digest: int | None = None) -> list[Outcome]:
+        """``digest`` goes into the manifest."""
         self._end_thread()
         if self._error is None:
             try:
-                self._complete()
+                self._complete(digest)
             except OSError as error:
                 self._fail(error)
         if self._error is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
-        self.hash = self._digest if self._want_hash and self._error is None else None
         return [Outcome(str(self._path), self._error)]
 
     def close(self) -> None:
@@ -164,8 +158,6 @@ class DiskSender:
         try:
             _write_whole(descriptor, header_bytes(bucket.tensors))
             _write_whole(descriptor, data.numpy().data)
-            if self._want_hash:  # before the wait for the disk, which may write meanwhile
-                self._digest = (self._digest + weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})) % 2**64
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -188,13 +180,13 @@ class DiskSender:
         if free < needed:
             raise OSError(28, f"it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free")
 
-    def _complete(self) -> None:
+    def _complete(self, digest: int | None) -> None:
         for file in sorted(self._source.iterdir()):
             if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(file, self._partial / file.name)
         metadata: dict[str, object] = {"total_size": sum(bucket.nbytes for bucket in self._buckets), "version": self._version}
-        if self._want_hash:
-            metadata["hash"] = f"{self._digest:016x}"
+        if digest is not None:
+            metadata["hash"] = f"{digest:016x}"
         files = {spec.name: self._file_name(bucket) for bucket in self._buckets for spec in bucket.tensors}
         with (self._partial / INDEX).open("w") as manifest:
             json.dump({"metadata": metadata, "weight_map": files}, manifest)

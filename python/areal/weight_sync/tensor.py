@@ -95,7 +95,7 @@ class TensorSender:
         for lane in self._lanes:
             lane.put(_Job(bucket, buffer, filled))
 
-    def finish(self) -> list[Outcome]:
+    def finish(self, digest: int | None = None) -> list[Outcome]:
         self._end_lanes()
         return [lane.outcome for lane in self._lanes]
 

@@ -12,6 +12,7 @@ import torch
 from aiohttp import web
 from torch import Tensor
 
+from areal.inference.embedded.distributed_api import DistributedAPI
 from areal.inference.embedded.driver import EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.http_json import failure, json_response, parse_object
@@ -41,6 +42,7 @@ class WeightsAPI:
         self._update_lock = asyncio.Lock()
         self._updates: set[asyncio.Task[web.Response]] = set()
         self._tensor = TensorAPI(self)
+        self._distributed = DistributedAPI(self, engine.device)
 
     @property
     def routes(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
@@ -49,6 +51,7 @@ class WeightsAPI:
             "/update_weights_from_disk": self.update_weights_from_disk,
             "/update_weights_from_shm": self.update_weights_from_shm,
             **self._tensor.routes,
+            **self._distributed.routes,
         }
 
     async def start(self) -> None:
