@@ -22,7 +22,7 @@ def make_sender(config: GRPOConfig, model_folder: Path, run_folder: Path, device
         case "disk":
             from areal.weight_sync.disk import DiskSender
 
-            return DiskSender(disk_folder(config, run_folder), model_folder, device=device)
+            return DiskSender(disk_folder(config, run_folder), model_folder, device=device, timeout=sync.timeout)
         case "tensor":
             from areal.weight_sync.tensor import TensorSender
 
