@@ -11,7 +11,12 @@ from pathlib import Path
 import aiohttp
 
 from areal.config import GRPOConfig
+from areal.config_check import parse_trainer_backend
+from areal.inference.sglang import refusal, sglang_argv, sglang_env, sglang_python
+from areal.launcher.gpus import count_gpus
 from areal.launcher.local import ChildProcess
+
+_ARGPARSE_EXIT = 2
 
 
 class ServerStartError(RuntimeError):
@@ -26,6 +31,8 @@ class RolloutServer:
     url: str
     process: ChildProcess
     restarts: int = 0
+    n_ranks: int = 1
+    """Tensor-parallel ranks."""
 
     @property
     def name(self) -> str:
@@ -33,43 +40,80 @@ class RolloutServer:
 
 
 def rollout_device(config: GRPOConfig, index: int) -> str:
-    """The device of server ``index``: GPUs behind those of the trainer where there are enough, shared ones otherwise."""
-    import torch
-
+    """The (first) device of server ``index``: GPUs behind those of the trainer where there are enough, shared ones otherwise."""
+    n_ranks = config.layout.n_ranks
     if config.rollout.device not in ("auto", "cuda"):
         first = config.rollout.device
-        return first if first == "cpu" else f"cuda:{int(first.partition(':')[2] or 0) + index}"
-    n_gpus = torch.cuda.device_count()
+        return first if first == "cpu" else f"cuda:{int(first.partition(':')[2] or 0) + index * n_ranks}"
+    n_gpus = count_gpus()
     if n_gpus == 0:
         return "cpu"
-    n_ranks = int(config.actor.backend.partition(":d")[2] or 1) if config.actor.device != "cpu" else 0
-    return f"cuda:{(n_ranks + index) % n_gpus}"
+    behind = 0 if config.rollout.colocate else _trainer_gpus(config)
+    if behind + config.layout.n_servers * n_ranks <= n_gpus:
+        return f"cuda:{behind + index * n_ranks}"
+    places = max(1, n_gpus // n_ranks)
+    return f"cuda:{(-(-behind // n_ranks) + index) % places * n_ranks}"
+
+
+def _trainer_gpus(config: GRPOConfig) -> int:
+    return parse_trainer_backend(config.actor.backend) if config.actor.device != "cpu" and count_gpus() else 0
 
 
 async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, restarts: int = 0) -> RolloutServer:
     """Starts server ``index`` and waits until it answers; raises ``ServerStartError`` with its last log lines."""
-    rollout = config.rollout
-    # Bound here and handed on: a port that was merely free a moment ago may be another run's server by the time this one is asked.
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-        process = _start_process(config, model_dir, run_dir, index, bound)
-    server = RolloutServer(index, f"http://127.0.0.1:{port}", process, restarts)
-    try:
-        await _wait_ready(server, rollout.startup_timeout)
-    except BaseException:  # also when cancelled: a process that nobody waits for any more must not stay
-        process.kill()
-        raise
+    start = _start_sglang if config.layout.engine == "sglang" else _start_embedded
+    log = run_dir / "logs" / f"rollout_{index}.log"
+    # Ports are held until the server answers: one that was merely free a moment ago may be another run's server by then.
+    with _hold_port() as port, _hold_port() as dist_port:
+        process = start(config, model_dir, log, index, port, dist_port)
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        server = RolloutServer(index, url, process, restarts, config.layout.n_ranks)
+        try:
+            await _wait_ready(server, config.rollout.startup_timeout)
+        except BaseException:  # also when cancelled: a process that nobody waits for any more must not stay
+            process.kill()
+            raise
     return server
 
 
-def _start_process(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, bound: socket.socket) -> ChildProcess:
+def _hold_port() -> socket.socket:
+    """A port of the loopback interface that nobody gets by chance; whoever is told its number can still listen on it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # two such sockets may share a port while only one listens
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
+def _start_sglang(
+    config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket, dist_port: socket.socket
+) -> ChildProcess:
+    rollout, device = config.rollout, rollout_device(config, index)
+    python = sglang_python(config.sglang.python)
+    argv = sglang_argv(
+        model_dir,
+        port.getsockname()[1],
+        device=device,
+        dtype=config.actor.dtype,
+        n_ranks=config.layout.n_ranks,
+        dist_port=dist_port.getsockname()[1],
+        max_running_requests=rollout.max_running_requests,
+        max_context=rollout.max_context,
+        keep_prefixes=config.update_mode != "retract",
+        shared_gpu=device != "cpu" and int(device.partition(":")[2]) < _trainer_gpus(config),
+        options=config.sglang.options,
+    )
+    return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python), python=python)
+
+
+def _start_embedded(
+    config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket, dist_port: socket.socket
+) -> ChildProcess:
     rollout = config.rollout
     arguments = {
         "model": model_dir,
         "host": "127.0.0.1",
-        "port": bound.getsockname()[1],
-        "fd": bound.fileno(),
+        "port": port.getsockname()[1],
+        "fd": port.fileno(),
         "device": rollout_device(config, index),
         "dtype": config.actor.dtype,
         "max-running-requests": rollout.max_running_requests,
@@ -83,7 +127,7 @@ def _start_process(config: GRPOConfig, model_dir: Path, run_dir: Path, index: in
     if config.deterministic:
         argv.append("--deterministic")
     env = {"OMP_NUM_THREADS": str(rollout.threads), "HF_HUB_OFFLINE": "1"}
-    return ChildProcess(f"rollout {index}", argv, run_dir / "logs" / f"rollout_{index}.log", env, pass_fds=(bound.fileno(),))
+    return ChildProcess(f"rollout {index}", argv, log, env, pass_fds=(port.fileno(),))
 
 
 async def _wait_ready(server: RolloutServer, timeout: float) -> None:
@@ -91,7 +135,7 @@ async def _wait_ready(server: RolloutServer, timeout: float) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while True:
             if server.process.poll() is not None:
-                raise ServerStartError(f"a rollout server died while starting: {server.process.describe_death()}")
+                raise ServerStartError(_why_it_died(server))
             try:
                 async with session.get(f"{server.url}/health") as response:
                     if response.status == 200:
@@ -103,3 +147,11 @@ async def _wait_ready(server: RolloutServer, timeout: float) -> None:
                     f"{server.name} was not ready after {timeout:.0f} s (rollout.startup_timeout); its log ends:\n{server.process.last_log_lines()}"
                 )
             await asyncio.sleep(0.05)
+
+
+def _why_it_died(server: RolloutServer) -> str:
+    """An option that SGLang refused, in its own words; else the end of the log."""
+    said = refusal(server.process.last_log_lines(5)) if server.process.poll() == _ARGPARSE_EXIT else None
+    if said is not None:
+        return f"{server.name} did not start, since SGLang refuses an option: {said}; correct sglang.options ({server.process.log_path})"
+    return f"a rollout server died while starting: {server.process.describe_death()}"
