@@ -108,8 +108,8 @@ def test_a_server_that_joins_while_a_number_is_used_again_has_the_newest_weights
             await cluster.trainer.sft_step(batch, 1.0)
             await cluster.weights.publish(0, announce=False)
             await cluster.weights.push()
-        assert cluster.weights is not None
+        assert cluster.weights.published is not None
         stats = await cluster.client.engine_stats()
-        assert stats[cluster.servers[0].url]["hash"] == cluster.weights.digest
+        assert stats[cluster.servers[0].url]["hash"] == cluster.weights.published.digest
 
     _with_cluster(_config(tmp_path), scenario)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from areal.config import GRPOConfig
@@ -25,6 +25,7 @@ from areal.runner import DropCounter
 from areal.stats import StatsLogger
 from areal.trainer.worker import TrainerHandle
 from areal.weight_sync.shm import unlink_stale
+from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
 
@@ -86,7 +87,15 @@ class Cluster:
             starting.create_task(self._start_trainer())
             for index in range(config.layout.n_servers):
                 starting.create_task(self._first_server(index))
-        self.weights = WeightUpdater(config, self.trainer, self.client, lambda: self.servers, self._weight_span)
+        self.weights = WeightUpdater(
+            config,
+            self.trainer,
+            self.client,
+            lambda: self.servers,
+            weights_folder(config, self.run_folder),
+            self._weight_span,
+            self.display.note,
+        )
 
     def _weight_span(self, actor: str, begin: float, end: float) -> None:
         self.stats.span(actor, "weight_sync", begin, end)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ from areal.inference.client import RolloutClient, WeightUpdateError
 from areal.inference.interruption import InterruptFailed
 from areal.inference.servers import RolloutServer
 from areal.trainer.worker import TrainerHandle
-from areal.weight_sync.disk import remove_old
-from areal.weight_sync.stream import Target
+from areal.weight_sync.disk import remove_old, version_folder
+from areal.weight_sync.stream import SendResult, Target
 from areal.weight_sync.verify import verify_server
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ class WrongWeights(RuntimeError):
     """A server holds other weights than the trainer sent."""
 
 
+class WeightsNotWritten(OSError):
+    """disk: the trainer could not write its weights, so no server would ever see them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What the trainer published last."""
@@ -48,8 +52,6 @@ class Weights:
     version: int
     digest: str | None
     """weights_hash of what was sent, 16 hex digits; None where it was not asked for."""
-    folder: Path | None = None
-    """disk: where they are."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,9 @@ class WeightUpdater:
 
     Args:
         servers: the servers that get updates; read anew at every one.
+        folder: where transport disk puts versions.
         on_span: told (actor, begin, end) of every update, in ``time.time()`` seconds.
+        on_note: told, once a server, what cannot be verified.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class WeightUpdater:
         trainer: TrainerHandle,
         client: RolloutClient,
         servers: Callable[[], Sequence[RolloutServer]],
+        folder: Path,
         on_span: Callable[[str, float, float], None],
+        on_note: Callable[[str], None],
     ) -> None:
-        self.weights: Weights | None = None
+        self.published: Weights | None = None
         self.times: list[UpdateTimes] = []
         """Of the updates that interrupted servers, since the last ``row``."""
         self._config = config
@@ -96,8 +102,10 @@ class WeightUpdater:
         self._trainer = trainer
         self._client = client
         self._servers = servers
+        self._folder = folder
         self._on_span = on_span
-        self._published = asyncio.Event()
+        self._on_note = on_note
+        self._announced = asyncio.Event()
         self._digests: dict[int, str] = {}
         self._numbered = asyncio.Lock()
         """Held while the trainer's weights have no number yet, and while a server joins: it would join with others than it is told."""
@@ -132,7 +140,7 @@ class WeightUpdater:
         """
         if announce:
             await self._publish(version)
-            self._published.set()
+            self._announced.set()
         else:
             async with self._numbered:
                 await self._publish(version)
@@ -143,8 +151,11 @@ class WeightUpdater:
             _, digest = await self._trainer.publish(version)
             self._remember(Weights(version, f"{digest:016x}"))
         elif self._transport == "disk":
-            written = await self._trainer.write_weights(version)
-            self._remember(Weights(version, written.hash, written.folder))
+            written = await self._trainer.write_weights(version, want_hash=self._config.weight_sync.verify != "never")
+            for outcome in written.outcomes:
+                if outcome.error is not None:
+                    raise WeightsNotWritten(outcome.error)
+            self._remember(Weights(version, _digest(written)))
         else:
             self._remember(Weights(version, None))
             async with self._updating:
@@ -152,7 +163,7 @@ class WeightUpdater:
         self._on_span("trainer 0", begin, time.time())
 
     def _remember(self, weights: Weights) -> None:
-        self.weights = weights
+        self.published = weights
         self._digests = {v: d for v, d in self._digests.items() if v > weights.version - _DIGESTS_KEPT}
         if weights.digest is not None:
             self._digests[weights.version] = weights.digest
@@ -162,20 +173,20 @@ class WeightUpdater:
     async def run(self) -> None:
         """Takes announced weights to the servers until cancelled; versions published meanwhile are skipped over."""
         while True:
-            await self._published.wait()
-            self._published.clear()
+            await self._announced.wait()
+            self._announced.clear()
             await self.push()
 
     async def push(self) -> None:
         """Every live server takes the weights published last; returns when all have them, or were taken out, and what they hold was checked."""
-        assert self.weights is not None
+        assert self.published is not None
         if self.streams:
             return  # publish has done it
         async with self._updating:
             if self._transport == "disk":
-                await self._update(_Update(self.weights.version, self._live()))
+                await self._update(_Update(self.published.version, self._live()))
                 return
-            acks = await self._client.update_weights_from_shm(self._trainer.shm_name, self.weights.version)
+            acks = await self._client.update_weights_from_shm(self._trainer.shm_name, self.published.version)
             for url, ack in acks.items():
                 self._check_digest(url, ack.version, ack.hash)
 
@@ -190,14 +201,14 @@ class WeightUpdater:
         """
         async with self._numbered, self._updating:
             self._verified.discard(server.url)
-            if self.weights is None:
+            if self.published is None:
                 self._client.add_server(server.url, server.process)
             elif self._transport == "shm":
-                ack = await self._client.update_server(server.url, self._trainer.shm_name, self.weights.version, server.process)
+                ack = await self._client.update_server(server.url, self._trainer.shm_name, self.published.version, server.process)
                 self._check_digest(server.url, ack.version, ack.hash)
                 self._client.add_server(server.url, server.process)
             else:
-                update = _Update(self.weights.version, [server])
+                update = _Update(self.published.version, [server])
                 failed = await self._transfer(update)
                 if failed:
                     self._client.remove_server(server.url, failed[server.url])
@@ -221,12 +232,12 @@ class WeightUpdater:
         end = time.time()
         for server in update.servers:
             self._on_span(server.name, begin, end)
-        if self._transport == "disk" and self.weights is not None and self.weights.folder is not None:
-            await asyncio.to_thread(remove_old, self.weights.folder.parent, update.version)
+        if self._transport == "disk":
+            await asyncio.to_thread(remove_old, self._folder, update.version)
 
-    async def _each(self, update: _Update, do: Callable[[RolloutServer], asyncio.Future | object]) -> dict[str, str]:
+    async def _each(self, update: _Update, do: Callable[[RolloutServer], Awaitable[None]]) -> dict[str, str]:
         """Runs ``do`` for every server together; who failed, with why."""
-        results = await asyncio.gather(*(do(server) for server in update.servers), return_exceptions=True)  # type: ignore[misc]
+        results = await asyncio.gather(*(do(server) for server in update.servers), return_exceptions=True)
         failed: dict[str, str] = {}
         for server, result in zip(update.servers, results, strict=True):
             if isinstance(result, (InterruptFailed, WeightUpdateError)):
@@ -249,14 +260,13 @@ class WeightUpdater:
                 return await self._each(update, lambda server: self._load_from_disk(server, update.version))
             targets = [Target(server.url, server.n_ranks) for server in update.servers]
             sent = await self._trainer.send_weights(update.version, targets, want_hash=any(map(self._is_due, update.servers)))
-            self._remember(Weights(update.version, sent.hash))
+            self._remember(Weights(update.version, _digest(sent)))
             return {outcome.url: outcome.error for outcome in sent.outcomes if outcome.error is not None}
         finally:
             update.times.transfer = time.monotonic() - start
 
     async def _load_from_disk(self, server: RolloutServer, version: int) -> None:
-        assert self.weights is not None and self.weights.folder is not None
-        await self._client.update_from_disk(server.url, str(self.weights.folder), version)
+        await self._client.update_from_disk(server.url, version_folder(self._folder, version), version)
 
     def _take_out(self, update: _Update, failed: dict[str, str]) -> None:
         for url, why in failed.items():
@@ -283,13 +293,21 @@ class WeightUpdater:
         update.times.verify = time.monotonic() - start
 
     async def _verify_one(self, server: RolloutServer, version: int, expected: str) -> None:
-        manifest = await self._trainer.manifest()
-        try:
-            found = await verify_server(server.url, server.n_ranks, manifest, expected, self._config.weight_sync.timeout)
-        except (OSError, TimeoutError) as error:
-            raise WeightUpdateError(f"{server.url} did not say which weights it holds at version {version}: {error}") from error
+        found = await verify_server(
+            server.url,
+            server.n_ranks,
+            await self._trainer.manifest(),
+            int(expected, 16),
+            self._config.weight_sync.timeout,
+            version=version,
+            tensor_hashes=self._trainer.tensor_hashes if self.streams else None,  # else it may have trained on meanwhile
+        )
+        if not found.ok and found.kind == "none":
+            raise WeightUpdateError(found.detail)
         if not found.ok:
-            raise WrongWeights(f"{server.url} holds other weights than the trainer at version {version}: {found.detail}")
+            raise WrongWeights(found.detail)
+        if server.url not in self._verified and (found.detail or found.unverified):
+            self._on_note(found.detail or f"{server.name}: these weights cannot be verified: {', '.join(found.unverified[:5])}")
         self._verified.add(server.url)
 
     def _check_digest(self, url: str, version: int, digest: str) -> None:
@@ -299,3 +317,7 @@ class WeightUpdater:
             return
         if digest != expected:
             raise WrongWeights(f"{url} holds other weights than the trainer at version {version}: hash {digest} instead of {expected}")
+
+
+def _digest(sent: SendResult) -> str | None:
+    return None if sent.hash is None else f"{sent.hash:016x}"
