@@ -101,8 +101,8 @@ class Sender(Protocol):
         """Puts ``data`` (what ``buffer`` gave, filled) on the way to every target and returns at once."""
         ...
 
-    def finish(self) -> list[Outcome]:
-        """Waits, at most until the deadline, and says what became of every target."""
+    def finish(self, digest: int | None = None) -> list[Outcome]:
+        """Waits, at most until the deadline, and says what became of every target. ``digest``: the hash of all that was sent, if known."""
         ...
 
     def close(self) -> None: ...
@@ -150,8 +150,8 @@ def stream_weights(
         sender.send(bucket, data)
         if want_hash:  # while it is on the wire, which only reads it
             digest += weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})
-    outcomes = sender.finish()
-    return SendResult(outcomes, digest & _MASK if want_hash else None, time.monotonic() - start)
+    known = digest & _MASK if want_hash else None
+    return SendResult(sender.finish(known), known, time.monotonic() - start)
 
 
 def hash_tensors(

@@ -26,5 +26,13 @@ def make_sender(config: GRPOConfig, model_folder: Path, run_folder: Path, device
 
             # With retract, requests wait inside of the server, which cannot flush its cache then.
             return BroadcastSender(device, timeout=sync.timeout, flush_cache=config.update_mode == "abort")
+        case "disk":
+            from areal.weight_sync.disk import DiskSender
+
+            return DiskSender(weights_folder(config, run_folder), model_folder, device=device)
+        case "tensor":
+            from areal.weight_sync.tensor import TensorSender
+
+            return TensorSender(device, timeout=sync.timeout, flush_cache=config.update_mode == "abort")
         case transport:
             raise ValueError(f"weights do not stream over the transport '{transport}'")
