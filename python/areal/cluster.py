@@ -126,7 +126,7 @@ class Cluster:
 
     def _end_servers(self) -> None:
         for server in self.servers:
-            server.process.terminate()
+            server.terminate()
 
     # -- beside the loop --------------------------------------------------------------------------------------------------------
 
@@ -142,18 +142,19 @@ class Cluster:
         async with asyncio.TaskGroup() as replacing:
             while True:
                 await asyncio.sleep(0.1)
-                for server in [s for s in self.servers if s.process.poll() is not None or not self.client.is_known(s.url)]:
+                for server in [s for s in self.servers if s.has_died() or not self.client.is_known(s.url)]:
                     self.servers.remove(server)
                     self.client.remove_server(server.url)
                     replacing.create_task(self._replace(server), name=f"replacement of {server.name}")
 
     async def _replace(self, server: RolloutServer) -> None:
         """A replacement that dies before it is ready is replaced in its turn."""
-        process, restarts = server.process, server.restarts
-        lives = process.poll() is None
-        why = f"it did not answer any more; {process.describe_death()}" if lives else process.describe_death()
+        if server.process is None:
+            return await self._rejoin(server)
+        restarts, lives = server.restarts, not server.has_died()
+        why = f"it did not answer any more; {server.describe_death()}" if lives else server.describe_death()
         if lives:
-            await asyncio.to_thread(process.kill)
+            await asyncio.to_thread(server.kill)
         while True:
             if restarts >= self.config.rollout.max_restarts:
                 raise RunFailed(f"a rollout server died after {restarts} replacements: {why}")
@@ -163,6 +164,15 @@ class Cluster:
                 return await self._new_server(server.index, restarts)
             except (ServerStartError, WeightUpdateError) as error:
                 why = str(error)
+
+    async def _rejoin(self, server: RolloutServer) -> None:
+        """A server that nobody here can restart comes back when it answers again; with none left, the requests' deadline ends the run."""
+        self.display.note(f"{server.name} is left out until it answers again: {server.describe_death()}")
+        while True:
+            try:
+                return await self._add_server(server.index, server.restarts + 1)
+            except (ServerStartError, WeightUpdateError):
+                await asyncio.sleep(1.0)
 
     async def _watch_trainer(self) -> None:
         """Ends the run when a rank dies, also while nobody waits for its answer."""

@@ -1,4 +1,4 @@
-"""Starting the rollout servers of a run, and knowing when one is ready or dead."""
+"""Starting the rollout servers of a run, or reaching those that run already, and knowing when one is ready or dead."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from areal.launcher.gpus import count_gpus
 from areal.launcher.local import ChildProcess
 
 _ARGPARSE_EXIT = 2
+_HEALTH_TIMEOUT = 25.0
+"""Seconds for one answer. A server that somebody started without our settings generates a token for /health, and gives up after 20."""
 
 
 class ServerStartError(RuntimeError):
@@ -25,18 +27,34 @@ class ServerStartError(RuntimeError):
 
 @dataclass(slots=True)
 class RolloutServer:
-    """One server process; ``restarts`` counts how often this place was refilled."""
+    """One server; ``restarts`` counts how often this place was refilled."""
 
     index: int
     url: str
-    process: ChildProcess
+    process: ChildProcess | None
+    """None for a server of ``rollout.urls``: somebody else starts and ends it."""
     restarts: int = 0
     n_ranks: int = 1
     """Tensor-parallel ranks."""
 
     @property
     def name(self) -> str:
-        return f"rollout {self.index}"
+        return f"rollout {self.index}" if self.process is not None else f"rollout {self.index} ({self.url})"
+
+    def has_died(self) -> bool:
+        """Whether its process is seen to be over; that of another machine is not seen."""
+        return self.process is not None and self.process.poll() is not None
+
+    def describe_death(self) -> str:
+        return self.process.describe_death() if self.process is not None else f"{self.name} does not answer"
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+    def terminate(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
 
 
 def rollout_device(config: GRPOConfig, index: int) -> str:
@@ -60,16 +78,28 @@ def _trainer_gpus(config: GRPOConfig) -> int:
 
 
 async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, restarts: int = 0) -> RolloutServer:
-    """Starts server ``index`` and waits until it answers; raises ``ServerStartError`` with its last log lines."""
-    start = _start_sglang if config.layout.engine == "sglang" else _start_embedded
+    """Starts server ``index`` and waits until it answers; one of ``rollout.urls`` is only waited for.
+
+    Raises:
+        ServerStartError: it died or did not answer in time; with its last log lines.
+    """
+    timeout, n_ranks = config.rollout.startup_timeout, config.layout.n_ranks
+    if config.rollout.urls:
+        server = RolloutServer(index, config.rollout.urls[index].rstrip("/"), None, restarts, n_ranks)
+        await _wait_ready(server, timeout)
+        return server
+    # In a thread: it may ask another interpreter. The process itself is not started there, since it would die with that thread.
+    python = await asyncio.to_thread(sglang_python, config.sglang.python) if config.layout.engine == "sglang" else ""
     log = run_dir / "logs" / f"rollout_{index}.log"
     # Ports are held until the server answers: one that was merely free a moment ago may be another run's server by then.
     with _hold_port() as port, _hold_port() as dist_port:
-        process = start(config, model_dir, log, index, port, dist_port)
-        url = f"http://127.0.0.1:{port.getsockname()[1]}"
-        server = RolloutServer(index, url, process, restarts, config.layout.n_ranks)
+        if python:
+            process = _start_sglang(config, model_dir, log, index, port, dist_port, python)
+        else:
+            process = _start_embedded(config, model_dir, log, index, port)
+        server = RolloutServer(index, f"http://127.0.0.1:{port.getsockname()[1]}", process, restarts, n_ranks)
         try:
-            await _wait_ready(server, config.rollout.startup_timeout)
+            await _wait_ready(server, timeout)
         except BaseException:  # also when cancelled: a process that nobody waits for any more must not stay
             process.kill()
             raise
@@ -85,10 +115,9 @@ def _hold_port() -> socket.socket:
 
 
 def _start_sglang(
-    config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket, dist_port: socket.socket
+    config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket, dist_port: socket.socket, python: str
 ) -> ChildProcess:
     rollout, device = config.rollout, rollout_device(config, index)
-    python = sglang_python(config.sglang.python)
     argv = sglang_argv(
         model_dir,
         port.getsockname()[1],
@@ -105,9 +134,7 @@ def _start_sglang(
     return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python), python=python)
 
 
-def _start_embedded(
-    config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket, dist_port: socket.socket
-) -> ChildProcess:
+def _start_embedded(config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket) -> ChildProcess:
     rollout = config.rollout
     arguments = {
         "model": model_dir,
@@ -132,26 +159,41 @@ def _start_embedded(
 
 async def _wait_ready(server: RolloutServer, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_TIMEOUT)) as session:
         while True:
-            if server.process.poll() is not None:
-                raise ServerStartError(_why_it_died(server))
-            try:
-                async with session.get(f"{server.url}/health") as response:
-                    if response.status == 200:
-                        return
-            except (aiohttp.ClientError, TimeoutError):
-                pass  # not listening yet
+            if server.process is not None and server.has_died():
+                raise ServerStartError(_why_it_died(server.name, server.process))
+            if await _is_ready(session, server):
+                return
             if time.monotonic() > deadline:
-                raise ServerStartError(
-                    f"{server.name} was not ready after {timeout:.0f} s (rollout.startup_timeout); its log ends:\n{server.process.last_log_lines()}"
-                )
-            await asyncio.sleep(0.05)
+                raise ServerStartError(_why_not_ready(server, timeout))
+            await asyncio.sleep(0.05 if server.process is not None else 0.5)
 
 
-def _why_it_died(server: RolloutServer) -> str:
+async def _is_ready(session: aiohttp.ClientSession, server: RolloutServer) -> bool:
+    try:
+        if server.process is None:
+            # A run that was killed may have left it paused, and then SGLang's /health waits for a token that never comes.
+            async with session.post(f"{server.url}/continue_generation", json={}) as response:
+                await response.read()
+        async with session.get(f"{server.url}/health") as response:
+            return response.status == 200
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return False  # not listening yet, or busy starting
+
+
+def _why_not_ready(server: RolloutServer, timeout: float) -> str:
+    if server.process is None:
+        return (
+            f"{server.name} did not answer within {timeout:.0f} s (rollout.startup_timeout); start it there with `areal serve`, "
+            "reachable under the address in rollout.urls"
+        )
+    return f"{server.name} was not ready after {timeout:.0f} s (rollout.startup_timeout); its log ends:\n{server.process.last_log_lines()}"
+
+
+def _why_it_died(name: str, process: ChildProcess) -> str:
     """An option that SGLang refused, in its own words; else the end of the log."""
-    said = refusal(server.process.last_log_lines(5)) if server.process.poll() == _ARGPARSE_EXIT else None
+    said = refusal(process.last_log_lines(5)) if process.poll() == _ARGPARSE_EXIT else None
     if said is not None:
-        return f"{server.name} did not start, since SGLang refuses an option: {said}; correct sglang.options ({server.process.log_path})"
-    return f"a rollout server died while starting: {server.process.describe_death()}"
+        return f"{name} did not start, since SGLang refuses an option: {said}; correct sglang.options ({process.log_path})"
+    return f"a rollout server died while starting: {process.describe_death()}"

@@ -121,6 +121,9 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(python or sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         # Otherwise /health generates a token: it takes a second, and fails after 20 while generation is paused.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+        # A server whose scheduler was killed would sleep 5 s before it ends, to have its dead processes examined.
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "false",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
         # The few spare tokens of _SPARE_CONTEXT; no position beyond the model's limit is ever used.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
