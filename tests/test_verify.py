@@ -96,6 +96,7 @@ class Fused(nn.Module):
                 case "down":
                     self.down.data.copy_(loaded[:, self.rank * cols : (self.rank + 1) * cols].to(self.down.device))
                 case "embed":
+                    self.embed.data[len(loaded) :].copy_(torch.zeros_like(self.embed.data[len(loaded) :]))
                     for parameter in (self.embed, self.head):
                         parameter[: len(loaded)].data.copy_(loaded.to(parameter.dtype))
                         parameter[len(loaded) :].data.fill_(0)

@@ -56,7 +56,7 @@ class Verification:
     detail: str = ""
     """One sentence, empty where all is well."""
     unverified: tuple[str, ...] = ()
-    """Tensors that could not be compared although others were."""
+    """Tensors that could not be compared although others were, and parameters of the server that nothing fills."""
 
 
 @dataclass(slots=True)
@@ -195,33 +195,37 @@ def combine(manifest: Manifest, answers: Sequence[Mapping[str, Any]]) -> HeldWei
 
 
 async def _compare(who: str, held: HeldWeights, manifest: Manifest, expected_hash: int, tensor_hashes: TensorHashes | None) -> Verification:
-    unverified = tuple(held.unverified)
     if held.disagreeing:
-        return Verification("hash", False, f"{who} holds two different copies of {_listed(held.disagreeing)}", unverified)
-    if held.unfilled:
-        detail = f"{who} has parameters that nothing sent to it fills: {_listed(held.unfilled)}"
-        return Verification("hash", False, detail, unverified)
+        return Verification("hash", False, f"{who} holds two different copies of {_listed(held.disagreeing)}", tuple(held.unverified))
     total = sum(held.hashes.values()) & _MASK
-    if not unverified and total == expected_hash:
-        return Verification("hash", True)
-    sent = await tensor_hashes() if tensor_hashes is not None else None
-    if sent is None:
-        if unverified:
-            name = unverified[0]
-            return Verification("none", True, f"{who}: {_counted(unverified)} cannot be verified: {held.unverified[name]}", unverified)
-        return _compare_totals(who, total, expected_hash)
+    gaps = _gaps(held)
+    if not held.unverified and (total == expected_hash or tensor_hashes is None):
+        found = _compare_totals(who, total, expected_hash)
+        return Verification("hash", True, f"{who}: {gaps}", tuple(held.unfilled)) if found.ok and gaps else found
+    if tensor_hashes is None:
+        return Verification("none", True, f"{who}: {gaps}", (*held.unverified, *held.unfilled))
+    sent = await tensor_hashes()
     wrong = [name for name, _, _ in manifest if name in held.hashes and held.hashes[name] != sent.get(name)]
     if wrong:
         name = wrong[0]
         detail = (
-            f"{who} holds weights with hash {total:016x}, {expected_hash:016x} was sent; {len(wrong)} of {len(manifest)} tensors differ: "
+            f"{who} holds weights with hash {total:016x}, but {expected_hash:016x} was sent; {len(wrong)} of {len(manifest)} tensors differ: "
             f"{_listed(wrong)} ('{name}': {held.hashes[name]:016x}, sent {sent.get(name, 0):016x})"
         )
-        return Verification("hash", False, detail, unverified)
-    if unverified:
-        detail = f"{who}: {_counted(unverified)} cannot be verified: {held.unverified[unverified[0]]}; the others are right"
-        return Verification("hash", True, detail, unverified)
-    return _compare_totals(who, total, expected_hash)
+        return Verification("hash", False, detail, tuple(held.unverified))
+    if not held.unverified:  # each tensor is right and the whole is not: the two sides speak of different manifests
+        return _compare_totals(who, total, expected_hash)
+    return Verification("hash", True, f"{who}: {gaps}; the others are right", (*held.unverified, *held.unfilled))
+
+
+def _gaps(held: HeldWeights) -> str:
+    """What could not be compared, and why."""
+    if held.unverified:
+        names = list(held.unverified)
+        return f"{_listed(names)} cannot be verified ('{names[0]}': {held.unverified[names[0]]})"
+    if held.unfilled:
+        return f"the server's own parameters {_listed(held.unfilled)} are not filled by anything that was sent and stay as they were loaded"
+    return ""
 
 
 def _compare_totals(who: str, held: int, expected: int) -> Verification:
@@ -233,10 +237,6 @@ def _compare_totals(who: str, held: int, expected: int) -> Verification:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(f"'{name}'" for name in names[:_LISTED]) + more
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} other tensors" if len(names) > 1 else "")
 
 
 def _mix(word: int) -> int:

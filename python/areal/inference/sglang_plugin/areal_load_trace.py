@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _PADDING = (_aten.fill_.Scalar, _aten.zero_.default)
-"""Constants written behind what was loaded: rows of a vocabulary that no token has."""
+"""Constants written behind what was loaded: rows of a vocabulary that no token has, heads that only fill up a rank."""
+_CONSTANTS = (_aten.zeros_like.default, _aten.empty_like.default, _aten.new_zeros.default, _aten.new_empty.default)
+"""These take of a tensor only its form."""
 
 
 class Wanted(NamedTuple):
@@ -80,11 +82,13 @@ class _Recorder(TorchDispatchMode):
             with self:  # inference mode hands these over as they are
                 return func.decompose(*args, **kwargs)
         tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        if all(tensor.is_meta for tensor in tensors) or _is_view(func):
+        if all(tensor.is_meta for tensor in tensors) or _is_view(func) or func in _CONSTANTS:
             return func(*args, **kwargs)
         raise NotACopy(f"the model's loader computes {func.name()} with it")
 
     def _copy(self, target: Tensor, source: Tensor) -> Tensor:
+        if not source.is_meta:
+            return target  # padding: whatever is made from ours has no memory either
         index = self._index.get(_storage(source))
         if index is None:
             raise NotACopy("the model's loader copies something computed from it")
