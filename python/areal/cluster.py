@@ -170,7 +170,7 @@ class Cluster:
         self.display.note(f"{server.name} is left out until it answers again: {server.describe_death()}")
         while True:
             try:
-                return await self._add_server(server.index, server.restarts + 1)
+                return await self._new_server(server.index, server.restarts + 1)
             except (ServerStartError, WeightUpdateError):
                 await asyncio.sleep(1.0)
 
