@@ -63,6 +63,7 @@ def sglang_argv(
         "tensor_parallel_size": n_ranks,
         "sleep_on_idle": True,  # an idle server burns a core otherwise
         "disable_radix_cache": not keep_prefixes,
+        "log_level_http": "warning",  # a line a request says nothing
     }
     if dist_port is not None:
         ours["nccl_port"] = dist_port
