@@ -90,7 +90,7 @@ class Cluster:
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
         )
-        self.client = RolloutClient(config.rollout)
+        self.client = RolloutClient(config.rollout, update_mode=config.update_mode, interrupt_timeout=config.weight_sync.timeout)
         self.client.on_change(self._acknowledged.set)
         self._resources.push_async_callback(self.client.close)
         self._resources.callback(self._end_servers)
