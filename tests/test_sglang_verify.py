@@ -20,7 +20,7 @@ from areal.weight_sync.verify import LOADER, Verification, verify_server
 from tests.rollout_servers import make_model
 from tests.sglang_servers import SGLangServer
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SG
     log = tmp_path_factory.mktemp("log") / "server.log"
     server = SGLangServer(model, log, custom_weight_loader=[LOADER])
     try:
-        yield server.wait()
+        yield server.wait(300)
     finally:
         server.process.terminate()
 
@@ -154,7 +154,7 @@ def test_a_server_without_our_loader_is_verified_by_samples(tmp_path: Path) -> N
     make_model(model, model_type="llama")
     server = SGLangServer(model, tmp_path / "server.log")
     try:
-        server.wait()
+        server.wait(300)
         weights = fresh(model, 1)
         update_from_disk(server.url, model, weights, tmp_path / "v1")
         sent = SentWeights()
