@@ -21,6 +21,7 @@ from areal.config import ActorConfig, OptimizerConfig
 from areal.models.heads import PPOInputs
 from areal.models.loading import decoder_layers, load_model, meta_template
 from areal.models.prefix import SharedTokens, find_shared_prompts
+from areal.trainer.gather import WeightGatherer
 from areal.trainer.optimizer import PolicyOptimizer
 from areal.trainer.sharding import add_head_methods, full_tensor, shard_model
 from areal.trainer.step_stats import StepStats
@@ -94,6 +95,9 @@ class TrainEngine:
         if self._sharded:
             shard_model(self.model, init_device_mesh(self.device.type, (world_size,)), self._dtype)
         self.model.to(self.device)
+        self._gatherer = WeightGatherer(self.model, self._dtype, rank, world_size)
+        self.bucket_plan = self._gatherer.bucket_plan
+        self.gather = self._gatherer.gather
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
