@@ -91,9 +91,13 @@ class Rank:
         self._engine.set_optimizer(config)
 
     def rpc_publish(self, version: int) -> int | None:
-        weights = self._engine.weights()
+        parts = self._engine.weight_parts(self._config.weight_sync.bucket_mb << 20)
         self._engine.version = version
-        return None if weights is None else self._publisher.publish(weights, version)
+        if self._is_first:
+            return self._publisher.publish(parts, version)
+        for _ in parts:
+            pass
+        return None
 
     def rpc_send_weights(self, version: int, targets: list[Target], want_hash: bool) -> SendResult | None:
         from areal.weight_sync.stream import stream_weights
@@ -103,6 +107,14 @@ class Rank:
             self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
         self._engine.version = version
         return stream_weights(self._engine.gather, self._buckets, self._sender, version, targets, want_hash)
+
+    def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]
+
+    def rpc_tensor_hashes(self) -> dict[str, int]:
+        from areal.weight_sync.stream import hash_tensors
+
+        return hash_tensors(self._engine.gather, self._buckets, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()

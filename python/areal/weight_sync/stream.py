@@ -152,3 +152,16 @@ def stream_weights(
             digest += weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})
     known = digest & _MASK if want_hash else None
     return SendResult(sender.finish(known), known, time.monotonic() - start)
+
+
+def hash_tensors(
+    gather: Callable[[BucketPlan, Tensor | None], None], buckets: Sequence[BucketPlan], device: torch.device | None
+) -> dict[str, int]:
+    """``weights_hash`` of each tensor alone, as it would be sent: a collective. ``device`` is None on ranks other than 0."""
+    found: dict[str, int] = {}
+    for bucket in buckets:
+        data = None if device is None else torch.empty(bucket.nbytes, dtype=torch.uint8, device=device)
+        gather(bucket, data)
+        if data is not None:
+            found |= {spec.name: weights_hash({spec.name: spec.view(data)}) for spec in bucket.tensors}
+    return found
