@@ -73,11 +73,12 @@ class Ordeal:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._watching is not None
-        ended_early = self._watching.done() and not self._watching.cancelled()
+        ended_early = self._watching.done()
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
         await self.cluster.close()
-        assert not ended_early, "the watch beside the run ended"
+        if ended_early:
+            self._watching.result()  # what ended it is the reason for everything after it
 
     # -- what happens ------------------------------------------------------------------------------------------------------------
 

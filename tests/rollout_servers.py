@@ -28,7 +28,7 @@ TINY = {
 
 
 def make_model(folder: Path, seed: int = 0, **changes: Any) -> Any:
-    """Saves a model and the arithmetic tokenizer; returns the tokenizer."""
+    """Saves a model (``changes``: keys of its config) and the arithmetic tokenizer; returns the tokenizer."""
     from areal.models.loading import create_model
     from areal.tasks.arithmetic import build_tokenizer
 

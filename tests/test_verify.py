@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,12 +18,13 @@ from torch import Tensor, nn
 
 from areal.inference.sglang import PLUGIN
 from areal.ops import weights_hash
-from areal.weight_sync.verify import Manifest, Verification, _mix, combine, verify_server
+from areal.weight_sync.digest import SentWeights
+from areal.weight_sync.verify import AnswerListener, Manifest, Verification, _mix, combine, verify_server
 from tests.rollout_servers import Server, make_model
 
 sys.path.insert(0, str(PLUGIN))  # as in a server of SGLang
 from areal_load_trace import Wanted, trace_load
-from areal_sglang_weights import _answer
+from areal_sglang_weights import _answer, report_hash
 from areal_words_hash import NotWholeWords, _sum_cpu, _sum_torch, part_hash, tensor_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
@@ -233,3 +237,80 @@ def test_an_embedded_server_is_verified_by_its_own_hash(embedded: Server, model:
 def test_a_server_that_is_gone_is_no_proof_of_anything() -> None:
     found = asyncio.run(verify_server("http://127.0.0.1:9", 1, [], 0, 5.0))
     assert (found.kind, found.ok) == ("none", False) and "http://127.0.0.1:9" in found.detail
+
+
+def test_a_server_that_hangs_is_waited_for_until_the_deadline(embedded: Server) -> None:
+    os.kill(embedded.process.pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        found = asyncio.run(verify_server(embedded.url, 1, [], 0, 1.0, version=2))
+        assert (found.kind, found.ok) == ("none", False) and "version 2" in found.detail and "no answer within 1 s" in found.detail
+        assert time.monotonic() - start < 30
+    finally:
+        os.kill(embedded.process.pid, signal.SIGCONT)
+
+
+async def say(listener: AnswerListener, line: bytes) -> None:
+    _, writer = await asyncio.open_connection(listener.host, listener.port)
+    writer.write(line)
+    writer.write_eof()
+    await writer.drain()
+    writer.close()
+
+
+def test_only_answers_with_the_nonce_are_taken() -> None:
+    async def scenario() -> None:
+        async with AnswerListener("http://127.0.0.1:9", 2) as listener:
+            assert listener.host == "127.0.0.1"
+            right = {"nonce": listener.nonce, "rank": 0}
+            strangers = [
+                {**right, "nonce": "0" * 32},
+                {"rank": 0},
+                [],
+                "x",
+                {**right, "rank": None},
+                {**right, "nonce": 3},
+                {**right, "nonce": "ä"},
+            ]
+            for stranger in strangers:
+                await say(listener, json.dumps(stranger).encode() + b"\n")
+            for line in (b"", b"\xff\xfe\n", b"GET / HTTP/1.1\r\n\r\n", json.dumps(right).encode()[:-1]):
+                await say(listener, line)
+            assert not await listener.wait(0.3) and not listener.answers
+            await say(listener, json.dumps(right).encode() + b"\n")
+            await say(listener, json.dumps(right).encode() + b"\n")  # the same rank again is not the second one
+            assert not await listener.wait(0.3) and set(listener.answers) == {0}
+            await say(listener, json.dumps({**right, "rank": 1}).encode() + b"\n")
+            assert await listener.wait(10) and set(listener.answers) == {0, 1}
+
+    asyncio.run(scenario())
+
+
+def test_what_was_sent_is_hashed_bucket_by_bucket(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    sent = SentWeights()
+    for name, tensor in tensors.items():
+        sent.add({name: tensor})
+    assert sent.hash == weights_hash(tensors) and sent.hashes == {name: weights_hash({name: t}) for name, t in tensors.items()}
+    assert 2 < len(sent.samples) <= 8 and all(torch.equal(rows, tensors[name][:2]) for name, rows in sent.samples.items())
+
+
+def test_report_hash_never_raises() -> None:
+    """What it is asked may be anything; an exception would end the server."""
+    unanswerable = {"nonce": "1", "host": "127.0.0.1", "port": 9, "manifest": []}
+    for text in (b"", b"{}", b"[]", b"\xff", json.dumps(unanswerable).encode()):
+        report_hash(Fused(), [("question", torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8))])
+    report_hash(Fused(), [])
+
+
+@pytest.mark.parametrize("wanted", [[["norm", [16], "float33"]], [["norm", [-1], "float32"]], 3])
+def test_an_error_on_the_server_is_its_answer(wanted: object) -> None:
+    async def scenario() -> dict[str, object]:
+        async with AnswerListener("http://127.0.0.1:9", 1) as listener:
+            question = {"nonce": listener.nonce, "host": listener.host, "port": listener.port, "manifest": wanted}
+            data = torch.frombuffer(bytearray(json.dumps(question).encode()), dtype=torch.uint8)
+            await asyncio.to_thread(report_hash, Fused(), [("question", data)])
+            assert await listener.wait(10)
+            return listener.answers[0]
+
+    assert "error" in asyncio.run(scenario())

@@ -98,6 +98,7 @@ class TrainEngine:
         self._gatherer = WeightGatherer(self.model, self._dtype, rank, world_size)
         self.bucket_plan = self._gatherer.bucket_plan
         self.gather = self._gatherer.gather
+        self.weight_parts = self._gatherer.parts
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 

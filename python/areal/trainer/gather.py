@@ -54,14 +54,34 @@ class WeightGatherer:
                 dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._world_size) for rows in self._pieces(bucket, out, rank)
             ]
             works = dist.batch_isend_irecv(receiving) if receiving else []
-            sources = [local for spec in bucket.tensors if (local := self._local(spec)).numel()]
+            sources = [local for spec in bucket.tensors if (local := self._piece(spec.name)).numel()]
             for target, source in zip(self._pieces(bucket, out, 0), sources, strict=True):
                 target.copy_(source)
             for work in works:
                 work.wait()
 
-    def _local(self, spec: TensorSpec) -> Tensor:
-        parameter = self._parameters[spec.name].detach()
+    def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """All weights by name, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
+
+        A rank that has everything hands out its own parameters, not cast, in one part. Otherwise a part is a bucket, in memory that the
+        next part uses again.
+        """
+        if self._world_size == 1:
+            yield {name: self._piece(name) for name in self._parameters}
+            return
+        buckets = self.bucket_plan(bucket_bytes)
+        memory = None
+        if self._rank == 0:
+            device = self._piece(next(iter(self._parameters))).device
+            memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
+        for bucket in buckets:
+            out = None if memory is None else memory[: bucket.nbytes]
+            self.gather(bucket, out)
+            yield {} if out is None else {spec.name: spec.view(out) for spec in bucket.tensors}
+
+    def _piece(self, name: str) -> Tensor:
+        """This rank's piece of a parameter; on one rank all of it."""
+        parameter = self._parameters[name].detach()
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
@@ -76,16 +96,16 @@ class WeightGatherer:
         """All of a bucket, when this rank has everything."""
         aligned: dict[str, Tensor] = {}
         for spec in bucket.tensors:
-            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._local(spec).is_contiguous():
+            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._piece(spec.name).is_contiguous():
                 break
-            aligned[spec.name] = self._local(spec)
+            aligned[spec.name] = self._piece(spec.name)
         flatten_weights(aligned, out, self._dtype)
         for spec in bucket.tensors[len(aligned) :]:
-            spec.view(out).copy_(self._local(spec))
+            spec.view(out).copy_(self._piece(spec.name))
 
     def _send(self, bucket: BucketPlan) -> None:
         """This rank's pieces, cast together; those that need no cast go out from where they are."""
-        pieces = {spec.name: local for spec in bucket.tensors if (local := self._local(spec).contiguous()).numel()}
+        pieces = {spec.name: local for spec in bucket.tensors if (local := self._piece(spec.name).contiguous()).numel()}
         if not pieces:
             return
         if any(piece.dtype != self._dtype for piece in pieces.values()):

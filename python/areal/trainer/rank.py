@@ -91,9 +91,13 @@ class Rank:
         self._engine.set_optimizer(config)
 
     def rpc_publish(self, version: int) -> int | None:
-        weights = self._engine.weights()
+        parts = self._engine.weight_parts(self._config.weight_sync.bucket_mb << 20)
         self._engine.version = version
-        return None if weights is None else self._publisher.publish(weights, version)
+        if self._is_first:
+            return self._publisher.publish(parts, version)
+        for _ in parts:
+            pass
+        return None
 
     def rpc_send_weights(self, version: int, targets: list[Target], want_hash: bool) -> SendResult | None:
         from areal.weight_sync.stream import stream_weights

@@ -92,9 +92,9 @@ class Transfer:
             try:
                 self._work.wait(timedelta(seconds=seconds))
             except RuntimeError:
-                if self._work.is_completed():
-                    raise
-                return False
+                if not self._work.is_completed():
+                    return False
+                self._work.wait()  # what was raised may be the time limit of a wait that the end came right after
             return True
         # NCCL's wait only makes the stream wait; the host must know, because it hands the memory on.
         deadline = time.monotonic() + seconds

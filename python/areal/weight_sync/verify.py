@@ -5,7 +5,7 @@ Three kinds of proof, the best that a server allows:
 - ``hash``: the bits of every tensor. An embedded engine tells the hash of its parameters by itself. SGLang is asked through
   ``report_hash`` (inference/sglang_plugin/), where the server was started with it in ``--custom-weight-loader``; each tensor-parallel rank
   answers with the parts that it holds, over a connection to this process that knows the question's nonce.
-- ``samples``: the first values of named tensors, from SGLang's ``/get_weights_by_name``, for the models that have it (Llama's family).
+- ``samples``: the first rows of some small tensors, from SGLang's ``/get_weights_by_name``, for the models that have it (Llama's family).
 - ``none``: nothing can be compared; what remains is the comparison of log-probs (drift.py).
 
 The manifest, [[name, shape, dtype], ...], is of what goes over the wire: names of the Hugging Face checkpoint.
@@ -22,10 +22,11 @@ import socket
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import torch
+from torch import Tensor
 
 from areal.inference.wire import HTTPStatusError, Wire, WireError
 from areal.ops.weights_hash import tensor_key
@@ -42,6 +43,8 @@ TensorHashes = Callable[[], Awaitable[Mapping[str, int]]]
 _MASK = 2**64 - 1
 _ANSWER_LIMIT = 2**28
 """Bytes of one rank's answer: 100 a tensor."""
+_ANSWERS_ON_THEIR_WAY = 10.0
+"""Seconds between the end of the question and the last answer."""
 _LISTED = 4
 """Names in a message."""
 
@@ -82,10 +85,12 @@ async def verify_server(
     *,
     version: int | None = None,
     tensor_hashes: TensorHashes | None = None,
+    samples: Mapping[str, Tensor] | None = None,
 ) -> Verification:
     """Compares what the server at ``url`` holds with ``expected_hash`` (``weights_hash`` of everything sent), within ``timeout`` seconds.
 
     The server must not be generating: SGLang lets the question wait until running requests have ended, unless it is paused.
+    ``samples``: first rows of tensors as they were sent, for a server that has not got our loader.
     """
     who = f"server {url}" + (f" at version {version}" if version is not None else "")
     wire = Wire(url)
@@ -97,7 +102,7 @@ async def verify_server(
                 return _compare_totals(who, int(stats["hash"], 16), expected_hash)
             server = await wire.call("GET", "/server_info", timeout=None)
             if LOADER not in (server.get("custom_weight_loader") or ()):
-                return Verification("none", True, f"{who} was not started with --custom-weight-loader {LOADER}")
+                return await _compare_samples(wire, f"{who}, which was not started with --custom-weight-loader {LOADER},", samples or {})
             answers = await _ask(wire, server.get("tp_size") or n_ranks, server.get("pp_size") or 1, manifest)
             if isinstance(answers, str):
                 return Verification("none", True, f"{who} cannot be verified: {answers}")
@@ -110,28 +115,55 @@ async def verify_server(
         await wire.wait_closed()
 
 
-async def _ask(wire: Wire, n_ranks: int, n_stages: int, manifest: Manifest) -> list[dict[str, Any]] | str:
-    """The answers of all ranks, or why there are none."""
-    nonce = secrets.token_hex(16)
-    answers: dict[int, dict[str, Any]] = {}
-    complete = asyncio.Event()
+class AnswerListener:
+    """Takes the answers of ``report_hash`` on the address of this machine that faces the server; others' connections are ignored."""
 
-    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, url: str, n_answers: int) -> None:
+        self.answers: dict[int, dict[str, Any]] = {}
+        """By rank."""
+        self.nonce = secrets.token_hex(16)
+        self.host = _own_address(url)
+        self.port = 0
+        self._n_answers = n_answers
+        self._complete = asyncio.Event()
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._take, self.host, 0, limit=_ANSWER_LIMIT)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def wait(self, timeout: float) -> bool:
+        """Whether all answers have come within ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._complete.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             answer = json.loads(await reader.readline())
-            if isinstance(answer, dict) and secrets.compare_digest(str(answer.get("nonce")), nonce):
-                answers[int(answer["rank"])] = answer
-                if len(answers) == n_ranks * n_stages:
-                    complete.set()
+            if isinstance(answer, dict) and secrets.compare_digest(str(answer.get("nonce")).encode(), self.nonce.encode()):
+                self.answers[int(answer["rank"])] = answer
         except (ValueError, KeyError, TypeError, ConnectionError):
             pass  # not an answer to this question: somebody else's connection
         finally:
             writer.close()
+        if len(self.answers) >= self._n_answers:
+            self._complete.set()
 
-    listener = await asyncio.start_server(take, _own_address(wire.url), 0, limit=_ANSWER_LIMIT)
-    try:
-        host, port = listener.sockets[0].getsockname()[:2]
-        question = {"nonce": nonce, "host": host, "port": port, "manifest": [[n, list(s), d] for n, s, d in manifest]}
+
+async def _ask(wire: Wire, n_ranks: int, n_stages: int, manifest: Manifest) -> list[dict[str, Any]] | str:
+    """The answers of all ranks, or why there are none."""
+    async with AnswerListener(wire.url, n_ranks * n_stages) as listener:
+        rows = [[name, list(shape), dtype] for name, shape, dtype in manifest]
+        question = {"nonce": listener.nonce, "host": listener.host, "port": listener.port, "manifest": rows}
         body = {
             "load_format": LOADER,
             "serialized_named_tensors": [_serialized(question)] * n_ranks,
@@ -139,18 +171,14 @@ async def _ask(wire: Wire, n_ranks: int, n_stages: int, manifest: Manifest) -> l
             "disable_draft_model": True,
         }
         await wire.call("POST", "/update_weights_from_tensor", body, timeout=None)
-        # Each rank answers here before it answers there; what is missing now is still on its way, or was not able to come.
-        try:
-            async with asyncio.timeout(10):
-                await complete.wait()
-        except TimeoutError:
-            return f"{len(answers)} of {n_ranks * n_stages} ranks could send their answer to {host}:{port} (see the server's log)"
-    finally:
-        listener.close()
-    for rank, answer in sorted(answers.items()):
+        # Each rank answers here before it answers there; what is missing now is still on its way, or could not come.
+        if not await listener.wait(_ANSWERS_ON_THEIR_WAY):
+            came, all_of_them = len(listener.answers), n_ranks * n_stages
+            return f"{came} of {all_of_them} ranks could send their answer to {listener.host}:{listener.port} (see the server's log)"
+    for rank, answer in sorted(listener.answers.items()):
         if "error" in answer:
             return f"rank {rank} could not hash its weights: {answer['error']}"
-    return [answers[rank] for rank in sorted(answers)]
+    return [listener.answers[rank] for rank in sorted(listener.answers)]
 
 
 def _serialized(question: Mapping[str, Any]) -> str:
@@ -166,6 +194,21 @@ def _own_address(url: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # of a datagram socket: nothing is sent
         return probe.getsockname()[0]
+
+
+async def _compare_samples(wire: Wire, who: str, samples: Mapping[str, Tensor]) -> Verification:
+    """First rows of tensors, by SGLang's own endpoint. It gives float32, in which every bfloat16 and float16 has its place."""
+    for name, sent in samples.items():
+        try:
+            rows = await wire.call("POST", "/get_weights_by_name", {"name": name, "truncate_size": len(sent)}, timeout=None)
+        except HTTPStatusError:
+            return Verification("none", True, f"{who} cannot be verified: its model has no /get_weights_by_name")
+        held = torch.tensor(rows, dtype=torch.float32)
+        if held.shape != sent.shape or not torch.equal(held, sent.float()):
+            return Verification("samples", False, f"{who} holds other values in the first {len(sent)} rows of '{name}' than were sent")
+    if not samples:
+        return Verification("none", True, f"{who} cannot be verified: there are no samples to compare")
+    return Verification("samples", True, f"{who} was verified by the first rows of {_listed(list(samples))} only")
 
 
 def combine(manifest: Manifest, answers: Sequence[Mapping[str, Any]]) -> HeldWeights:

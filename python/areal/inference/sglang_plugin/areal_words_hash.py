@@ -10,6 +10,7 @@ Runs inside a server of SGLang: torch, numpy and the standard library only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -88,13 +89,20 @@ def _blocks(starts_R: Tensor, words_RW: Tensor) -> Iterator[tuple[Tensor, Tensor
             yield starts_R[row : row + step] + column, words_RW[row : row + step, column : column + block]
 
 
+@functools.cache
+def _scratch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Multiples of golden, and two buffers, of a block each: memory taken anew for every block would cost more than the hash."""
+    steps = np.arange(_BLOCK_CPU, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return steps, np.empty_like(steps), np.empty_like(steps)
+
+
 def _sum_cpu(key: int, starts_R: Tensor, words_RW: Tensor) -> int:
-    """numpy: its shifts are logical, and it takes half the passes of torch."""
+    """numpy: its shifts are logical, and it takes half the passes of torch. At most a block of words; one thread at a time."""
     words = words_RW.numpy().view(np.uint64)
-    golden = np.uint64(_GOLDEN)
-    bases_R = starts_R.numpy().astype(np.uint64) * golden + np.uint64(key)
-    state = bases_R[:, None] + np.arange(words.shape[1], dtype=np.uint64) * golden
-    shifted = np.empty_like(state)
+    steps, *buffers = _scratch()
+    state, shifted = (buffer[: words.size].reshape(words.shape) for buffer in buffers)
+    bases_R = starts_R.numpy().astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    np.add(bases_R[:, None], steps[: words.shape[1]], out=state)
     np.bitwise_xor(state, words, out=state)
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         np.right_shift(state, np.uint64(shift), out=shifted)
