@@ -17,19 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroupGloo
+from torch import nn
 
 from areal.inference.sglang import sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
 from areal.models.loading import create_model
 from areal.trainer.gather import WeightGatherer
-from areal.weight_sync.calls import post
 from areal.weight_sync.groups import Rendezvous, UpdateGroup, connect_store
 from areal.weight_sync.shm import ShmPublisher, ShmReader
 from areal.weight_sync.stream import Target, stream_weights
