@@ -17,19 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroupGloo
+from torch import nn
 
 from areal.inference.sglang import sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
 from areal.models.loading import create_model
 from areal.trainer.gather import WeightGatherer
-from areal.weight_sync.calls import post
 from areal.weight_sync.groups import Rendezvous, UpdateGroup, connect_store
 from areal.weight_sync.shm import ShmPublisher, ShmReader
 from areal.weight_sync.stream import Target, stream_weights
@@ -85,8 +82,8 @@ class BareBroadcast:
 
     def __call__(self) -> None:
         for piece in self._pieces:
-            assert self._group.broadcast(piece, 60.0).wait(60.0)
-        assert self._group.broadcast(torch.zeros(1), 60.0).wait(60.0)  # when it is answered the other one has all
+            assert self._group.broadcast([piece], 60.0).wait(60.0)
+        assert self._group.broadcast([torch.zeros(1)], 60.0).wait(60.0)  # when it is answered the other one has all
 
     def close(self) -> None:
         self._process.kill()
@@ -99,7 +96,7 @@ def receive_bare(port: int, nbytes: int, piece: int) -> None:
     flag = torch.zeros(1)
     while True:
         for data in [*pieces, flag]:
-            group.broadcast(data, 3600.0).wait(3600.0)
+            group.broadcast([data], 3600.0).wait(3600.0)
 
 
 class TwoCopies:
@@ -121,11 +118,11 @@ class TwoCopies:
 
 
 class Broadcast:
-    def __init__(self, trainer: Trainer, url: str) -> None:
+    def __init__(self, trainer: Trainer, url: str, is_flat: bool = True) -> None:
         from areal.weight_sync.broadcast import BroadcastSender
 
         self._trainer, self._target = trainer, Target(url)
-        self._sender = BroadcastSender("cpu", timeout=300.0)
+        self._sender = BroadcastSender("cpu", timeout=300.0, is_flat=is_flat)
         self._version = 0
 
     def __call__(self) -> None:
@@ -264,9 +261,10 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str])
                 variants[name] = bare = BareBroadcast(trainer.nbytes, piece)
                 stack.callback(bare.close)
             for kind, url in urls.items():
-                variants[f"broadcast to {kind}"] = sender = Broadcast(trainer, url)
-                limits[f"broadcast to {kind}"] = "bare gloo broadcast"
-                stack.callback(sender.close)
+                for name, is_flat in ((f"broadcast to {kind}", True), (f"broadcast to {kind}, tensor by tensor", False)):
+                    variants[name] = sender = Broadcast(trainer, url, is_flat)
+                    limits[name] = "bare gloo broadcast"
+                    stack.callback(sender.close)
         if "shm" in arguments.transports:
             variants["two copies"] = TwoCopies(trainer)
             variants["shm"] = shared = SharedMemory(trainer)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
-from areal.weight_sync.stream import BucketPlan, TensorSpec, plan_buckets
+from areal.weight_sync.stream import BucketPlan, plan_buckets
 
 
 class WeightGatherer:
