@@ -1,75 +1,43 @@
 """``agenerate`` against SGLang's native protocol, over any number of rollout servers that come, update and die.
 
-Who waits on whom: a request waits for its server at most ``request_timeout`` seconds, resubmissions included; while no server is
-alive it waits for a replacement at most ``startup_timeout`` seconds. A generation that loses its server starts again on another
-one: it has no side effects, and dropping it would favour short answers.
+Who waits on whom: a request waits for its answer at most ``request_timeout`` seconds, resubmissions, closed gates and the wait for a
+replacement included; while no server is alive it waits for one at most ``startup_timeout`` seconds. A generation that loses its server,
+or is aborted for new weights, goes on from the tokens it has: it has no side effects, and dropping it would favour short answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from areal.config import GenerationConfig, RolloutConfig
-from areal.inference.generate_protocol import PartialAnswer, ProtocolError, RequestRejected, sampling_params, take_answer
-from areal.inference.wire import HTTPStatusError, Wire, WireError
+from areal.inference.generate_protocol import PartialAnswer, ProtocolError, RequestRejected, Submission, sampling_params
+from areal.inference.interruption import InterruptFailed, InterruptMode, end_all, interrupt, resume
+from areal.inference.router import Route, Router, Server, ServerDied, WatchedProcess
+from areal.inference.weight_calls import WeightsAck, WeightUpdateError, not_taken, update_from_disk, update_from_shm
+from areal.inference.wire import HTTPStatusError, WireError
 from areal.types import ModelRequest, ModelResponse, StopReason
 
 _RETRY_FIRST, _RETRY_LAST, _RETRIES = 0.05, 1.0, 6
 _CONTROL_TIMEOUT = 10.0
-__all__ = ["ProtocolError", "RequestRejected", "RolloutClient", "Route", "ServerDied", "WeightUpdateError", "WeightsAck"]
+__all__ = [
+    "InterruptFailed",
+    "ProtocolError",
+    "RequestRejected",
+    "RolloutClient",
+    "Route",
+    "ServerDied",
+    "WatchedProcess",
+    "WeightUpdateError",
+    "WeightsAck",
+]
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # golden ratio: another seed for the rest of an answer, not the same random numbers again
-
-
-class ServerDied(RuntimeError):
-    """A rollout server is gone and nothing replaced it in time; the message has its last log lines."""
-
-
-class WeightUpdateError(RuntimeError):
-    """A live rollout server did not take the new weights."""
-
-
-class WatchedProcess(Protocol):
-    """What the client wants to know of the process behind a URL (``launcher.local.ChildProcess`` and others)."""
-
-    def poll(self) -> int | None: ...
-    def describe_death(self, n: int = 10) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsAck:
-    """A server has the weights of ``version``; ``hash`` is over its own parameters, 16 hex digits."""
-
-    version: int
-    hash: str
-
-
-@dataclass(eq=False)
-class _Server:
-    url: str
-    wire: Wire
-    process: WatchedProcess | None = None
-    version: int = -1
-    outstanding: int = 0
-    live: bool = False
-
-    def describe(self) -> str:
-        return (
-            self.process.describe_death()
-            if self.process is not None and self.process.poll() is not None
-            else f"the rollout server {self.url}"
-        )
-
-
-@dataclass(slots=True)
-class Route:
-    """Keeps the requests of one prompt on one server, where its prefix is cached."""
-
-    server: _Server | None = None
 
 
 class RolloutClient:
@@ -79,19 +47,28 @@ class RolloutClient:
         config: deadlines.
         urls: ``http://host:port`` of servers that are up, holding the weights of version 0; others join by ``add_server``.
         processes: theirs, in the same order; None = watched by nobody here.
+        update_mode: how ``interrupt`` stops a server (``GRPOConfig.update_mode``); None = that of ``config``, abort where it is auto.
+        interrupt_timeout: seconds a server may take to stop generating, and to go on (``weight_sync.timeout``).
     """
 
     def __init__(
-        self, config: RolloutConfig | None = None, urls: Sequence[str] = (), processes: Sequence[WatchedProcess | None] = ()
+        self,
+        config: RolloutConfig | None = None,
+        urls: Sequence[str] = (),
+        processes: Sequence[WatchedProcess | None] = (),
+        *,
+        update_mode: InterruptMode | None = None,
+        interrupt_timeout: float = 120.0,
     ) -> None:
         self.config = config or RolloutConfig()
-        self._servers: dict[str, _Server] = {}
-        self._closing: list[Wire] = []
-        self._changed = asyncio.Event()
-        self._listeners: list[Callable[[], None]] = []
+        named = self.config.update_mode
+        self.update_mode: InterruptMode = update_mode or ("abort" if named == "auto" else named)
+        self._interrupt_timeout = interrupt_timeout
+        self._router = Router(self.config.startup_timeout if self.config.max_restarts else 0.0)
         self._newest = 0
-        self._last_death = ""
         self._sampling: dict[int, tuple[GenerationConfig, dict[str, Any]]] = {}
+        self._rids = (f"{prefix}-{n}" for prefix in [secrets.token_hex(4)] for n in itertools.count())
+        self._abandoned: set[asyncio.Task[None]] = set()  # exchanges that nobody waits for any more
         for index, url in enumerate(urls):
             self.add_server(url, processes[index] if index < len(processes) else None)
 
@@ -100,84 +77,60 @@ class RolloutClient:
     @property
     def urls(self) -> list[str]:
         """Of the live servers."""
-        return [server.url for server in self._live()]
+        return [server.url for server in self._router.live()]
 
     def is_known(self, url: str) -> bool:
         """False once the server was given up: it is dead, or failed too often."""
-        return url in self._servers
+        return self._router.get(url) is not None
 
     @property
     def acked_version(self) -> int:
         """The newest version that every live server has acknowledged; -1 while there is no server."""
-        return min((server.version for server in self._live()), default=-1)
+        return min((server.version for server in self._router.live()), default=-1)
 
     def get_version(self) -> int:
         return self.acked_version
 
-    def add_server(self, url: str, process: WatchedProcess | None = None) -> None:
-        """Lets requests go to this server; it has version 0 unless ``update_server`` came before."""
-        server = self._known(url)
+    def add_server(self, url: str, process: WatchedProcess | None = None, *, version: int = 0) -> None:
+        """Lets requests go to this server, which holds the weights of ``version``, or those that ``update_server`` gave it."""
+        server = self._router.known(url)
         server.process = process
-        server.version = max(server.version, 0)
-        server.live = True
-        self._notify()
+        server.version = max(server.version, version)
+        self._router.add(server)
 
     def remove_server(self, url: str, reason: str = "") -> None:
         """Nothing is sent there any more; what waits for it goes to the others. ``reason`` is told if none is left."""
-        server = self._servers.pop(url, None)
-        if server is not None:
-            server.live = False
-            self._last_death = reason or server.describe()
-            server.wire.close()
-            self._closing.append(server.wire)
-            self._notify()
+        self._router.remove(url, reason)
+
+    async def drain(self, url: str, timeout: float) -> None:
+        """Removes a server: it gets no new requests, and what is not finished after ``timeout`` seconds goes on elsewhere."""
+        server = self._router.get(url)
+        if server is None:
+            return
+        server.draining = True
+        self._router.notify()
+        try:
+            async with asyncio.timeout(timeout):
+                await server.idle.wait()
+        except TimeoutError:
+            try:
+                async with asyncio.timeout(self._interrupt_timeout):
+                    await end_all(server)
+            except (TimeoutError, WireError, HTTPStatusError):
+                pass  # then its requests go elsewhere without what they have: removal breaks their connections
+        self.remove_server(url, f"{server.describe()} was drained")
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """``listener`` is called when a server comes or goes, and when ``acked_version`` may have changed."""
-        self._listeners.append(listener)
+        self._router.on_change(listener)
 
     def off_change(self, listener: Callable[[], None]) -> None:
-        self._listeners.remove(listener)
-
-    def _notify(self) -> None:
-        self._changed.set()
-        for listener in self._listeners:
-            listener()
+        self._router.off_change(listener)
 
     async def close(self) -> None:
         """Closes every connection, which ends what the servers generate for us."""
-        for url in list(self._servers):
-            self.remove_server(url)
-        await asyncio.gather(*(wire.wait_closed() for wire in self._closing))
-        self._closing.clear()
-
-    def _known(self, url: str) -> _Server:
-        if url not in self._servers:
-            self._servers[url] = _Server(url, Wire(url))
-        return self._servers[url]
-
-    def _live(self) -> list[_Server]:
-        return [server for server in self._servers.values() if server.live]
-
-    async def _choose(self, route: Route | None) -> _Server:
-        """The route's server, else the one with the fewest requests; waits for a replacement while there is none."""
-        if route is not None and route.server is not None and route.server.live:
-            return route.server
-        patience = self.config.startup_timeout if self.config.max_restarts else 0.0
-        deadline = time.monotonic() + patience
-        while not (live := self._live()):
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self._changed.wait()
-            except TimeoutError:
-                raise ServerDied(
-                    f"no rollout server is alive, and none came within {patience:.0f} s; the last: {self._last_death or 'none'}"
-                ) from None
-        server = min(live, key=lambda s: s.outstanding)
-        if route is not None:
-            route.server = server
-        return server
+        await self._router.close()
+        await asyncio.gather(*self._abandoned, return_exceptions=True)
 
     # -- generation ------------------------------------------------------------------------------------------------------------
 
@@ -210,53 +163,119 @@ class RolloutClient:
 
     async def _generate(self, request: ModelRequest, seed: int | None, route: Route | None, done: PartialAnswer) -> StopReason:
         failures, idle_aborts = 0, 0
-        last: _Server | None = None
-        body: dict[str, Any] = {"rid": request.rid, "input_ids": request.input_ids, "return_logprob": True}
+        server: Server | None = None
+        n_limit = request.gconfig.max_new_tokens
         while True:
-            body["sampling_params"] = self._sampling_params(request.gconfig, seed, len(done.tokens))
-            if done.tokens:
-                body["input_ids"] = [*request.input_ids, *done.tokens]
-            server = await self._choose(route)
-            if server is not last:  # what another server did says nothing about this one
-                failures, last = 0, server
-            server.outstanding += 1
-            version = server.version
+            n_before = len(done.tokens)
+            submission = Submission(
+                f"{next(self._rids)}-{request.rid}", len(request.input_ids) + n_limit, done, holds_back=bool(request.gconfig.stop)
+            )
+            chosen = await self._router.acquire(submission, route, server)
+            if chosen is not server:  # what another server did says nothing about this one
+                failures, server = 0, chosen
             try:
-                answer = await server.wire.call("POST", "/generate", body, timeout=None)  # agenerate has the deadline
-            except WireError as error:
-                failures += 1
+                await self._submit(server, submission, request, seed)
+            except (WireError, HTTPStatusError) as error:
+                if n_before and isinstance(error, HTTPStatusError) and error.status == 400:
+                    return "length"  # SGLang refuses inputs six tokens short of the context, which it lets answers grow into
+                failures = failures + 1 if len(done.tokens) == n_before else 1
                 await self._after_failure(server, failures, error)
                 continue
-            except HTTPStatusError as error:
-                failures += 1
-                busy = error.status == 503
-                well = failures >= _RETRIES and await self._is_well(server)
-                if error.status < 500 or (well and not busy):
-                    raise RequestRejected(f"{server.url} refused the request: {error.text}") from error
-                await (asyncio.sleep(_RETRY_LAST) if well else self._after_failure(server, failures, error))
-                continue
-            finally:
-                server.outstanding -= 1
-            n_before = len(done.tokens)
-            reason = take_answer(answer, version, done, server.url)
-            if reason != "abort":
-                return reason
-            if len(done.tokens) >= request.gconfig.max_new_tokens:
+            failures = 0
+            if submission.reason in ("stop", "length"):
+                return submission.reason
+            if submission.n_new and not submission.stamped:
+                # SGLang samples one token more after an abort, and does not look whether it ends the answer. Dropped whatever it
+                # is, it is sampled again from the same distribution, and then an end is seen as one.
+                done.drop_last()
+            if len(done.tokens) >= n_limit:
                 return "length"
-            idle_aborts = idle_aborts + 1 if len(done.tokens) == n_before else 0
-            if idle_aborts:  # a server that is closing, or paused: do not spin
+            idle_aborts = idle_aborts + 1 if not submission.n_new else 0
+            if idle_aborts > 1 and server.gate_open:  # a server that is closing, or paused: do not spin
                 await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * idle_aborts))
 
-    async def _after_failure(self, server: _Server, failures: int, error: Exception) -> None:
-        """Counts a server out when its process is dead or it failed too often; else waits a little."""
+    async def _submit(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
+        """One POST /generate; what comes back goes into the submission.
+
+        If the caller is cancelled, the server is told, and the submission counts as in flight until the server has ended it: weights
+        must not change under it, and SGLang itself looks only every few seconds whether a client is still there.
+        """
+        exchange = asyncio.create_task(self._exchange(server, submission, request, seed))
+        try:
+            await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            if not exchange.done():
+                for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
+                    self._abandoned.add(task)
+                    task.add_done_callback(self._abandoned.discard)
+            raise
+
+    async def _exchange(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
+        tokens = submission.done.tokens
+
+        def take(answer: Any) -> None:
+            server.n_heard += 1
+            submission.take(answer, server.url)
+
+        body: dict[str, Any] = {
+            "rid": submission.rid,
+            "input_ids": [*request.input_ids, *tokens],
+            "sampling_params": self._sampling_params(request.gconfig, seed, len(tokens)),
+            "return_logprob": True,
+        }
+        try:
+            if await self._streams(server):
+                await server.wire.events("/generate", {**body, "stream": True}, take)
+            else:
+                take(await server.wire.call("POST", "/generate", body, timeout=None))  # agenerate has the deadline
+            if submission.reason is None:
+                raise ProtocolError(f"{server.url} ended an answer without a finish reason")
+        finally:
+            self._router.release(server, submission)
+        if submission.n_new:
+            server.stamps = submission.stamped
+
+    async def _end(self, server: Server, rid: str, exchange: asyncio.Task[None]) -> None:
+        """Has the server abort a request, again while it goes on: the first time it may not know of it yet."""
+        pause = _RETRY_FIRST
+        while not exchange.done() and server.live:
+            try:
+                await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=_CONTROL_TIMEOUT)
+            except (WireError, HTTPStatusError, TimeoutError):
+                pass  # it is dying, or busy
+            await asyncio.wait([exchange], timeout=pause)
+            pause = min(_RETRY_LAST, 2 * pause)
+
+    async def _streams(self, server: Server) -> bool:
+        """Whether its answers are streamed: where requests stay in a server through an update and it stamps no versions."""
+        if self.update_mode == "abort":
+            return False
+        if server.stamps is None:
+            await self._ask_kind(server)
+        return not server.stamps
+
+    async def _ask_kind(self, server: Server) -> None:
+        info = await server.wire.call("GET", "/model_info", timeout=_CONTROL_TIMEOUT)
+        server.stamps = isinstance(info, dict) and str(info.get("engine", "")).startswith("areal")
+
+    async def _after_failure(self, server: Server, failures: int, error: WireError | HTTPStatusError) -> None:
+        """Counts a server out when its process is dead or it answers nobody; else waits a little, or raises RequestRejected."""
         if not server.live:
             return
-        if server.process is not None and server.process.poll() is not None:
+        if server.is_dead:
             self.remove_server(server.url)
-        elif failures >= _RETRIES:
-            self.remove_server(server.url, f"{server.describe()} failed {failures} times in a row, the last time: {error}")
-        else:
+        elif isinstance(error, HTTPStatusError) and error.status < 500:
+            raise RequestRejected(f"{server.url} refused the request: {error.text}") from error
+        elif failures < _RETRIES:
             await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * 2 ** (failures - 1)))
+        elif not await self._is_well(server):
+            await _exit_of(server)
+            why = server.describe() if server.is_dead else f"{server.describe()} failed {failures} times in a row, the last time: {error}"
+            self.remove_server(server.url, why)
+        elif isinstance(error, HTTPStatusError) and error.status == 503:
+            await asyncio.sleep(_RETRY_LAST)  # busy
+        else:  # SGLang answers 500 to an unknown sampling parameter, and breaks a stream off
+            raise RequestRejected(f"{server.url}, which is well, failed {failures} times at the request: {error}") from error
 
     def _sampling_params(self, gconfig: GenerationConfig, seed: int | None, n_done: int) -> dict[str, Any]:
         """SGLang's names; after ``n_done`` tokens only the rest is asked for."""
@@ -275,6 +294,34 @@ class RolloutClient:
             params["sampling_seed"] = (seed + _SEED_STEP * n_done) & 0x7FFFFFFFFFFFFFFF
         return params
 
+    # -- interruption ----------------------------------------------------------------------------------------------------------
+
+    async def interrupt(self, url: str) -> None:
+        """Stops a server for new weights: when this returns, it samples no token before ``resume``, and nothing is sent there.
+
+        Raises:
+            InterruptFailed: it did not stop in time, or died. Its gate stays closed: remove it.
+        """
+        server = self._the(url)
+        if self.update_mode != "abort" and server.stamps is None:
+            try:
+                await self._ask_kind(server)
+            except (WireError, HTTPStatusError, TimeoutError) as error:
+                raise InterruptFailed(f"{url} could not be stopped for new weights: {error}") from error
+        await interrupt(server, self.update_mode, self._interrupt_timeout)
+
+    async def resume(self, url: str, version: int) -> None:
+        """Lets a server that was interrupted, and now has the weights of ``version``, go on. Raises InterruptFailed."""
+        server = self._the(url)
+        await resume(server, self.update_mode, version, self._interrupt_timeout)
+        self._router.notify()
+
+    def _the(self, url: str) -> Server:
+        server = self._router.get(url)
+        if server is None:
+            raise InterruptFailed(f"the rollout server {url} is gone")
+        return server
+
     # -- control ---------------------------------------------------------------------------------------------------------------
 
     async def update_weights_from_shm(self, name: str, version: int) -> dict[str, WeightsAck]:
@@ -284,7 +331,7 @@ class RolloutClient:
             WeightUpdateError: a server that lives did not do it within ``request_timeout`` seconds.
         """
         self._newest = max(self._newest, version)
-        servers = self._live()
+        servers = self._router.live()
         acks = await asyncio.gather(*(self._update(server, name, version) for server in servers))
         return {server.url: ack for server, ack in zip(servers, acks, strict=True) if ack is not None}
 
@@ -294,47 +341,54 @@ class RolloutClient:
         It ends with the newest version that any server was told to take, so that ``acked_version`` never goes back.
         """
         self._newest = max(self._newest, version)
-        self._known(url).process = process
+        self._router.known(url).process = process
         while True:
-            ack = await self._update(self._known(url), name, self._newest)
+            ack = await self._update(self._router.known(url), name, self._newest)
             if ack is None:
                 raise WeightUpdateError(f"the rollout server {url} died before it had version {self._newest}")
             if ack.version >= self._newest:
                 return ack
 
-    async def _update(self, server: _Server, name: str, version: int) -> WeightsAck | None:
-        body = {"name": name, "version": version, "mode": "in_place" if self.config.update_mode == "in_place" else "retract"}
+    async def _update(self, server: Server, name: str, version: int) -> WeightsAck | None:
+        mode = "in_place" if self.update_mode == "in_place" else "retract"
         try:
-            answer = await server.wire.call("POST", "/update_weights_from_shm", body, timeout=self.config.request_timeout)
-        except TimeoutError:
-            raise WeightUpdateError(
-                f"the controller waited {self.config.request_timeout:g} s (rollout.request_timeout) for {server.url} to take version {version}"
-            ) from None
-        except HTTPStatusError as error:
-            raise WeightUpdateError(f"{server.url} refused version {version}: {error.text}") from error
+            ack = await update_from_shm(server, name, version, mode, self.config.request_timeout)
         except WireError as error:
             if await self._is_dead(server):
                 return None
-            raise WeightUpdateError(f"{server.url} is alive but did not take version {version}: {error}") from error
-        if not isinstance(answer, dict) or not answer.get("success"):
-            said = answer.get("message", answer) if isinstance(answer, dict) else answer
-            raise WeightUpdateError(f"{server.url} did not take version {version}: {said}")
-        server.version = int(answer["version"])
-        self._notify()
-        return WeightsAck(server.version, str(answer.get("hash", "")))
+            raise not_taken(server, version, error) from error
+        server.version = ack.version
+        self._router.notify()
+        return ack
 
-    async def _is_well(self, server: _Server) -> bool:
-        """Whether it answers others: then an error is the request's own."""
+    async def update_from_disk(self, url: str, folder: Path | str, version: int) -> WeightsAck:
+        """One server, interrupted or not yet added, loads a Hugging Face folder.
+
+        Raises:
+            WeightUpdateError: it did not do it within ``interrupt_timeout`` seconds, or died.
+        """
+        server = self._router.known(url)
         try:
-            await server.wire.call("GET", "/health", timeout=_CONTROL_TIMEOUT)
+            return await update_from_disk(server, folder, version, self.update_mode == "abort", self._interrupt_timeout)
+        except WireError as error:
+            raise WeightUpdateError(f"{server.url} did not take version {version}: {error}") from error
+
+    async def control(self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float) -> Any:
+        """The parsed answer of one server to any call. Raises HTTPStatusError, WireError or TimeoutError as ``Wire.call`` does."""
+        return await self._router.known(url).wire.call(method, path, body, timeout=timeout)
+
+    async def _is_well(self, server: Server) -> bool:
+        """Whether it answers others: then an error is the request's own. Not /health, for which SGLang generates a token."""
+        try:
+            await server.wire.call("GET", "/model_info", timeout=_CONTROL_TIMEOUT)
         except (WireError, HTTPStatusError, TimeoutError):
             return False
         return True
 
-    async def _is_dead(self, server: _Server) -> bool:
+    async def _is_dead(self, server: Server) -> bool:
         """After its connection broke. An exit code may come a moment later than the broken connection."""
         for _ in range(20):
-            if server.url not in self._servers or (server.process is not None and server.process.poll() is not None):
+            if not self.is_known(server.url) or server.is_dead:
                 self.remove_server(server.url)
                 return True
             if await self._is_well(server):
@@ -344,26 +398,41 @@ class RolloutClient:
         return True
 
     async def engine_stats(self) -> dict[str, dict[str, Any]]:
-        """``/engine_stats`` of every server that answers, by URL."""
+        """``/engine_stats`` of every server that answers, by URL; of one that has none (SGLang), what this client saw of it."""
         answers = await self._everywhere("GET", "/engine_stats")
-        return {url: answer for url, answer in answers.items() if isinstance(answer, dict)}
+        found: dict[str, dict[str, Any]] = {}
+        for server in self._router.live():
+            answer = answers.get(server.url)
+            if isinstance(answer, HTTPStatusError) and answer.status == 404:
+                found[server.url] = {**server.meter.read(), "running": len(server.submissions), "version": server.version}
+            elif isinstance(answer, dict):
+                found[server.url] = answer
+        return found
 
-    async def pause(self, mode: str = "retract") -> None:
-        """Stops generation on every server until ``resume``: mode abort, retract or in_place."""
+    async def pause_all(self, mode: str = "retract") -> None:
+        """Stops generation on every server until ``resume_all``: mode abort, retract or in_place. For users, not for weight updates."""
         await self._everywhere("POST", "/pause_generation", {"mode": mode})
 
-    async def resume(self) -> None:
+    async def resume_all(self) -> None:
         await self._everywhere("POST", "/continue_generation", {})
 
     async def _everywhere(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        servers = self._live()
+        """By URL, the answer or the HTTPStatusError; servers that do not answer are left out: whoever needs it asks again."""
+        servers = self._router.live()
         calls = (server.wire.call(method, path, body, timeout=_CONTROL_TIMEOUT) for server in servers)
         answers = await asyncio.gather(*calls, return_exceptions=True)
         found: dict[str, Any] = {}
         for server, answer in zip(servers, answers, strict=True):
-            if isinstance(answer, (WireError, TimeoutError, HTTPStatusError)):
-                continue  # dying, or busy: whoever needs this answer asks again
-            if isinstance(answer, BaseException):
+            if isinstance(answer, BaseException) and not isinstance(answer, (WireError, TimeoutError, HTTPStatusError)):
                 raise answer
-            found[server.url] = answer
+            if not isinstance(answer, (WireError, TimeoutError)):
+                found[server.url] = answer
         return found
+
+
+async def _exit_of(server: Server) -> None:
+    """Waits a little for a process that no longer listens: how it ended says more than a refused connection."""
+    for _ in range(50):
+        if server.process is None or server.is_dead:
+            return
+        await asyncio.sleep(0.1)

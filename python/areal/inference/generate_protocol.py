@@ -1,9 +1,14 @@
-"""The body of SGLang's POST /generate, there and back."""
+"""The body of SGLang's POST /generate, there and back: whole answers and streamed ones.
+
+Tokens are taken from ``meta_info.output_token_logprobs``, entries of [log-prob, token id, text or null], never from text. A streamed
+chunk of SGLang holds all tokens so far, or with ``--incremental-streaming-output`` only the new ones, and the last chunk of an aborted
+request just its last token; in every case the last ``completion_tokens - shown`` entries are the new tokens.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from areal.config import GenerationConfig
 from areal.types import StopReason
@@ -25,6 +30,94 @@ class PartialAnswer:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
+    def drop_last(self) -> None:
+        for values in (self.tokens, self.logprobs, self.versions):
+            values.pop()
+
+
+@dataclass(eq=False, slots=True)
+class Submission:
+    """One POST /generate on its way; a request whose generation is interrupted has several, one after the other."""
+
+    rid: str
+    """New for every submission: a server may still know the one before, and SGLang refuses an id twice."""
+    n_tokens: int
+    """Its input and what it may still generate."""
+    done: PartialAnswer
+    """Where its tokens go."""
+    holds_back: bool = False
+    """The server may know tokens that it does not show yet: SGLang does while they could be the beginning of a stop string."""
+    version: int = -1
+    """Of the weights that sample its next token, unless the server stamps versions itself."""
+    n_new: int = 0
+    """Tokens that this submission has added to ``done``."""
+    retractions: int = 0
+    """``num_retractions`` of the newest chunk: how often the server has thrown away its KV."""
+    upcoming: tuple[int, int] | None = None
+    """(retractions, version) after an update while it ran: tokens with more retractions than these were sampled by that version."""
+    stamped: bool = False
+    """The server says by which version each token was sampled."""
+    reason: StopReason | None = None
+    """Why it ended; None while it goes on, and if it broke off."""
+
+    def take(self, answer: Any, url: str) -> None:
+        """Takes over the new tokens of a whole answer or a chunk.
+
+        Raises:
+            RequestRejected: it is a refusal.
+            ProtocolError: it is not an answer.
+        """
+        try:
+            self._take(answer, url)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            if isinstance(error, RequestRejected):
+                raise
+            raise ProtocolError(f"{url} gave an answer that is not of the /generate protocol ({type(error).__name__}: {error})") from error
+
+    def resumed_with(self, version: int) -> None:
+        """The server has taken other weights while this ran, and goes on."""
+        if self.n_new:
+            self.upcoming = self.retractions, version
+        else:
+            self.version = version
+
+    def _take(self, answer: Any, url: str) -> None:
+        meta, output_ids = answer["meta_info"], answer["output_ids"]
+        finish = meta["finish_reason"]
+        n_tokens = meta.get("completion_tokens", len(output_ids))
+        n_new = n_tokens - self.n_new
+        entries = (meta.get("output_token_logprobs") or [])[-n_new:] if n_new else []
+        tokens = [token for _, token, *_ in entries]
+        n_told = min(n_new, len(output_ids))
+        if n_new != len(tokens) or tokens[n_new - n_told :] != output_ids[len(output_ids) - n_told :]:
+            raise ProtocolError(f"{url} gave {n_new} new tokens of {output_ids} with the log-probs of {tokens}")
+        self.done.tokens += tokens
+        self.done.logprobs += [logprob for logprob, *_ in entries]
+        self.done.versions += self._versions(meta, n_new)
+        self.n_new = n_tokens
+        if finish is not None:
+            self.reason = _stop_reason(finish, url)
+
+    def _versions(self, meta: dict[str, Any], n_new: int) -> list[int]:
+        stamped = meta.get("output_token_versions")
+        if stamped is not None:
+            self.stamped = True
+            return list(stamped[-n_new:]) if n_new else []
+        if n_new:
+            self.retractions = meta.get("num_retractions", self.retractions)
+        if self.upcoming is not None and self.retractions > self.upcoming[0]:
+            self.version, self.upcoming = self.upcoming[1], None
+        return [self.version] * n_new
+
+
+def _stop_reason(finish: Any, url: str) -> StopReason:
+    reason = finish["type"]
+    if reason == "abort" and finish.get("status_code") not in (None, 500, 503):
+        raise RequestRejected(f"{url} refused the request: {finish.get('message', finish)}")
+    if reason not in get_args(StopReason):
+        raise ProtocolError(f"{url} gave the unknown finish reason {reason!r}")
+    return reason
+
 
 def sampling_params(gconfig: GenerationConfig) -> dict[str, Any]:
     """SGLang's names, without what is at its default."""
@@ -42,31 +135,3 @@ def sampling_params(gconfig: GenerationConfig) -> dict[str, Any]:
     if gconfig.ignore_eos:
         params["ignore_eos"] = True
     return params
-
-
-def take_answer(answer: Any, sent_version: int, done: PartialAnswer, url: str) -> StopReason:
-    """Appends an answer's tokens to ``done``; a server that stamps no versions gets ``sent_version``, the one it had at the request.
-
-    Raises:
-        RequestRejected: it is a refusal.
-        ProtocolError: it is not an answer.
-    """
-    try:
-        meta = answer["meta_info"]
-        tokens = answer["output_ids"]
-        logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
-        versions = meta.get("output_token_versions") or [sent_version] * len(tokens)
-        finish = meta["finish_reason"]
-        reason = finish["type"]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ProtocolError(f"{url} gave an answer that is not of the /generate protocol ({type(error).__name__}: {error})") from error
-    if reason == "abort" and finish.get("status_code") not in (None, 500, 503):
-        raise RequestRejected(f"{url} refused the request: {finish.get('message', finish)}")
-    if not len(tokens) == len(logprobs) == len(versions):
-        raise ProtocolError(f"{url} gave {len(tokens)} tokens with {len(logprobs)} log-probs and {len(versions)} versions")
-    done.tokens += tokens
-    done.logprobs += logprobs
-    done.versions += versions
-    if reason not in ("stop", "length", "abort"):
-        raise ProtocolError(f"{url} gave the unknown finish reason {reason!r}")
-    return reason

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -12,6 +12,8 @@ import orjson
 
 _CONNECT_TIMEOUT = 10.0
 _HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
+
+T = TypeVar("T")
 
 
 class WireError(ConnectionError):
@@ -37,7 +39,7 @@ class Wire:
         self.url = url
         self._base = url.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
-        self._calls: set[asyncio.Task[tuple[int, bytes]]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float | None) -> Any:
@@ -48,28 +50,54 @@ class Wire:
             WireError: no answer. The request may have been carried out.
             TimeoutError: none within ``timeout`` seconds. The connection is closed, which tells the server to give up.
         """
-        if self._closing is not None:
-            raise WireError(f"the connection to {self.url} was closed")
-        payload = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        exchange = asyncio.ensure_future(self._exchange(method, path, payload))
-        self._calls.add(exchange)
-        try:
-            async with asyncio.timeout(timeout):
-                status, answer = await exchange
-        except asyncio.CancelledError:
-            if self._closing is not None and exchange.cancelled() and not _is_cancelled():
-                raise WireError(f"the connection to {self.url} was closed") from None
-            raise
-        finally:
-            self._calls.discard(exchange)
-        if not 200 <= status < 300:
-            raise HTTPStatusError(status, _sentence(answer))
+        answer = await self._until_closed(self._exchange(method, path, body, _read_whole), timeout)
         try:
             return orjson.loads(answer) if answer else None
         except orjson.JSONDecodeError:
             return answer.decode(errors="replace")
 
-    async def _exchange(self, method: str, path: str, payload: bytes | None) -> tuple[int, bytes]:
+    async def events(self, path: str, body: Mapping[str, Any], take: Callable[[Any], None]) -> None:
+        """POST whose answer is a stream of server-sent events: ``take`` gets each, parsed, until the server says that it is done.
+
+        Raises:
+            HTTPStatusError: an answer that is not 2xx, or an event that is an error.
+            WireError: the stream broke off.
+        """
+
+        async def read(response: aiohttp.ClientResponse) -> None:
+            rest = b""
+            async for piece in response.content.iter_any():
+                *events, rest = (rest + piece).split(b"\n\n")
+                for event in events:
+                    data = event.removeprefix(b"data:").strip()
+                    if data == b"[DONE]":
+                        return
+                    take(_event(data, self.url))
+            raise WireError(f"no whole answer from {self.url}: the stream broke off")
+
+        await self._until_closed(self._exchange("POST", path, body, read), None)
+
+    async def _until_closed(self, exchange: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        """The exchange as a task of its own, so that ``close`` can end it without cancelling who waits for it."""
+        if self._closing is not None:
+            exchange.close()
+            raise WireError(f"the connection to {self.url} was closed")
+        task = asyncio.ensure_future(exchange)
+        self._calls.add(task)
+        try:
+            async with asyncio.timeout(timeout):
+                return await task
+        except asyncio.CancelledError:
+            if self._closing is not None and task.cancelled() and not _is_cancelled():
+                raise WireError(f"the connection to {self.url} was closed") from None
+            raise
+        finally:
+            self._calls.discard(task)
+
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]
+    ) -> T:
+        payload = None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
@@ -78,7 +106,11 @@ class Wire:
             )
         try:
             async with self._session.request(method, self._base + path, data=payload) as response:
-                return response.status, await response.read()
+                if not 200 <= response.status < 300:
+                    raise HTTPStatusError(response.status, _sentence(await response.read()))
+                return await read(response)
+        except WireError:
+            raise
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError of the connect included
             raise WireError(f"no whole answer from {self.url}: {error or type(error).__name__}") from error
 
@@ -94,6 +126,20 @@ class Wire:
         """Until the connections are gone, after ``close``."""
         if self._closing is not None:
             await self._closing
+
+
+async def _read_whole(response: aiohttp.ClientResponse) -> bytes:
+    return await response.read()
+
+
+def _event(data: bytes, url: str) -> Any:
+    try:
+        event = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise WireError(f"{url} streamed something that is not JSON: {data[:80]!r}") from error
+    if isinstance(event, dict) and isinstance(told := event.get("error"), dict):  # SGLang's, once the status line is out
+        raise HTTPStatusError(int(told.get("code") or 500), _sentence(data))
+    return event
 
 
 def _is_cancelled() -> bool:

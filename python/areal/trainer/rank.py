@@ -108,6 +108,14 @@ class Rank:
         self._engine.version = version
         return stream_weights(self._engine.gather, self._buckets, self._sender, version, targets, want_hash)
 
+    def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]
+
+    def rpc_tensor_hashes(self) -> dict[str, int]:
+        from areal.weight_sync.stream import hash_tensors
+
+        return hash_tensors(self._engine.gather, self._buckets, self._engine.device if self._is_first else None)
+
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()
         if weights is not None:

@@ -47,6 +47,7 @@ class TrainerHandle:
         self._config = config
         self._run_folder = run_folder
         self._order = asyncio.Lock()
+        self._manifest: list[tuple[str, tuple[int, ...], str]] | None = None
         self._links: list[Link] = []
         self._failure: BaseException | None = None
         self._saves: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -129,6 +130,16 @@ class TrainerHandle:
         A disk that is full is an ``Outcome`` with an error.
         """
         return await self.send_weights(version, (), want_hash)
+
+    async def manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype (``float32``) of every tensor that goes over the wire; asked for once."""
+        if self._manifest is None:
+            self._manifest = await self._call_all("manifest", _PUBLISH_TIMEOUT, lambda rank: {})
+        return self._manifest
+
+    async def tensor_hashes(self) -> dict[str, int]:
+        """The hash of each tensor alone, as it would be sent now; for finding out where two sides differ."""
+        return await self._call_all("tensor_hashes", _PUBLISH_TIMEOUT, lambda rank: {})
 
     async def save(self, folder: Path) -> dict[str, Any]:
         """Writes a Hugging Face checkpoint; returns {"spans": [["checkpoint", start, end]]} when it is whole.

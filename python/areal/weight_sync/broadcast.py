@@ -260,7 +260,7 @@ class BroadcastSender:
                 peer.put(bucket, data)
             self.changed.notify_all()
 
-    def finish(self) -> list[Outcome]:
+    def finish(self, digest: int | None = None) -> list[Outcome]:
         self._wait(lambda peer: peer.has_ended)
         return [Outcome(peer.target.url, peer.error) for peer in self._peers]
 

@@ -101,8 +101,8 @@ class Sender(Protocol):
         """Puts ``data`` (what ``buffer`` gave, filled) on the way to every target and returns at once."""
         ...
 
-    def finish(self) -> list[Outcome]:
-        """Waits, at most until the deadline, and says what became of every target."""
+    def finish(self, digest: int | None = None) -> list[Outcome]:
+        """Waits, at most until the deadline, and says what became of every target. ``digest``: the hash of all that was sent, if known."""
         ...
 
     def close(self) -> None: ...
@@ -150,5 +150,18 @@ def stream_weights(
         sender.send(bucket, data)
         if want_hash:  # while it is on the wire, which only reads it
             digest += weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})
-    outcomes = sender.finish()
-    return SendResult(outcomes, digest & _MASK if want_hash else None, time.monotonic() - start)
+    known = digest & _MASK if want_hash else None
+    return SendResult(sender.finish(known), known, time.monotonic() - start)
+
+
+def hash_tensors(
+    gather: Callable[[BucketPlan, Tensor | None], None], buckets: Sequence[BucketPlan], device: torch.device | None
+) -> dict[str, int]:
+    """``weights_hash`` of each tensor alone, as it would be sent: a collective. ``device`` is None on ranks other than 0."""
+    found: dict[str, int] = {}
+    for bucket in buckets:
+        data = None if device is None else torch.empty(bucket.nbytes, dtype=torch.uint8, device=device)
+        gather(bucket, data)
+        if data is not None:
+            found |= {spec.name: weights_hash({spec.name: spec.view(data)}) for spec in bucket.tensors}
+    return found

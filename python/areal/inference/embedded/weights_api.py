@@ -16,8 +16,9 @@ from areal.inference.embedded.distributed_api import DistributedAPI
 from areal.inference.embedded.driver import EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.http_json import failure, json_response, parse_object
-from areal.models.loading import load_model
+from areal.inference.embedded.tensor_api import TensorAPI
 from areal.ops.weights_hash import weights_hash
+from areal.weight_sync.checkpoint_reader import open_checkpoint
 from areal.weight_sync.shm import ShmReader, WeightSyncError
 
 _SHM_TIMEOUT = 30.0
@@ -40,6 +41,7 @@ class WeightsAPI:
         self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
         self._updates: set[asyncio.Task[web.Response]] = set()
+        self._tensor = TensorAPI(self)
         self._distributed = DistributedAPI(self, engine.device)
 
     @property
@@ -48,6 +50,7 @@ class WeightsAPI:
         return {
             "/update_weights_from_disk": self.update_weights_from_disk,
             "/update_weights_from_shm": self.update_weights_from_shm,
+            **self._tensor.routes,
             **self._distributed.routes,
         }
 
@@ -64,22 +67,19 @@ class WeightsAPI:
         if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
             return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
 
-        def read() -> dict[str, Tensor]:
-            dtype = next(self._engine.model.parameters()).dtype
-            return dict(load_model(path, dtype=dtype).named_parameters())
-
         async def update() -> web.Response:
             async with self._update_lock:
                 try:
-                    tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
+                    source = await asyncio.to_thread(open_checkpoint, Path(path), self._engine.model)
                 except (OSError, ValueError) as error:
-                    return failure(f"model_path {path} cannot be loaded: {error}")
+                    return failure(f"the weights were not updated, model_path {path} cannot be loaded: {error}")
 
                 def load(parameters: Mapping[str, Tensor]) -> int:
-                    _copy_all(tensors, parameters)
+                    source.read_into(parameters)
                     return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
 
-                return await self._update(load, body, None if label is None else str(label))
+                with source:
+                    return await self._update(load, body, None if label is None else str(label))
 
         return await self.to_the_end(update())
 
