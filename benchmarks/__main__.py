@@ -13,11 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 SYSTEM = ("async_vs_sync", "engine", "interruption", "weight_sync")
-=======
-SYSTEM = ("async_vs_sync", "engine", "weight_sync")
->>>>>>> a77a2d6b31f4430edbef8364917448f05a49d8f7
 DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
 
 
