@@ -125,6 +125,8 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
         # A server whose scheduler was killed would sleep 5 s before it ends, to have its dead processes examined.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "false",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
+        # Nobody listens there (gRPC is off), but SGLang refuses a --port above 55535 without it: the other one would be 10000 more.
+        "SGLANG_GRPC_PORT": "1",
         # The few spare tokens of _SPARE_CONTEXT; no position beyond the model's limit is ever used.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
