@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
+from areal.config import ActorConfig
 from areal.models.checkpoint_names import CheckpointNames
 from areal.models.loading import create_model, load_model, meta_template
 from areal.models.selfcheck import UnsupportedModel
+from areal.trainer.engine import TrainEngine
 from areal.weight_sync.stream import plan_buckets
 from tests.test_models import ARCHITECTURES, SMALL, small_config
 
@@ -60,6 +62,19 @@ def test_a_loaded_checkpoint_goes_out_as_it_came(name: str, tmp_path: Path) -> N
     names = CheckpointNames(meta_template(model, torch.float32))
     assert not names.is_identity
     tensors, saved = sent(model, names, 10_000), load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == saved.keys() and all(torch.equal(tensors[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_a_trainer_gathers_its_buckets_by_these_names(name: str, tmp_path: Path) -> None:
+    create_model(MODELS[name], seed=1).save_pretrained(tmp_path)
+    engine = TrainEngine(tmp_path, ActorConfig(path=str(tmp_path)))
+    tensors: dict[str, Tensor] = {}
+    for bucket in engine.bucket_plan(5000, CheckpointNames(engine.template)):
+        data = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        engine.gather(bucket, data)
+        tensors |= {spec.name: spec.view(data) for spec in bucket.tensors}
+    saved = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == saved.keys() and all(torch.equal(tensors[key], saved[key]) for key in saved)
 
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from areal.ops import weights_hash
-from areal.weight_sync.digest import SentWeights
+from areal.weight_sync.samples import sample_tensors
+from areal.weight_sync.stream import BucketPlan, plan_buckets
 from areal.weight_sync.verify import LOADER, Verification, verify_server
 from tests.rollout_servers import make_model
 from tests.sglang_servers import SGLangServer
@@ -157,18 +159,30 @@ def test_a_server_without_our_loader_is_verified_by_samples(tmp_path: Path) -> N
         server.wait(300)
         weights = fresh(model, 1)
         update_from_disk(server.url, model, weights, tmp_path / "v1")
-        sent = SentWeights()
-        sent.add(weights)
+        buckets = plan_buckets([(name, t.shape, t.dtype) for name, t in weights.items()], 30_000)
 
-        def verify(samples: Mapping[str, Tensor]) -> Verification:
-            return asyncio.run(verify_server(server.url, 1, [], sent.hash, 60.0, samples=samples))
+        def gather(bucket: BucketPlan, out: Tensor | None) -> None:
+            assert out is not None
+            for spec in bucket.tensors:
+                spec.view(out).copy_(weights[spec.name])
 
-        right = verify(sent.samples)
-        assert (right.kind, right.ok) == ("samples", True) and "first rows of " in right.detail
-        name = list(sent.samples)[-1]
-        wrong = verify({**sent.samples, name: sent.samples[name] + 1})
-        assert (wrong.kind, wrong.ok) == ("samples", False) and name in wrong.detail
-        for nothing in ({}, {"unknown.weight": torch.ones(2)}):
+        def verify(samples: Mapping[str, np.ndarray]) -> Verification:
+            async def give() -> Mapping[str, np.ndarray]:
+                return samples
+
+            return asyncio.run(verify_server(server.url, 1, [], weights_hash(weights), 60.0, samples=give))
+
+        tried = set()
+        for turn in range(6):
+            samples = sample_tensors(gather, buckets, turn, torch.device("cpu"))
+            right = verify(samples)
+            assert (right.kind, right.ok) == ("samples", True) and "first rows of " in right.detail
+            name = list(samples)[-1]
+            wrong = verify({**samples, name: samples[name] + 1})
+            assert (wrong.kind, wrong.ok) == ("samples", False) and name in wrong.detail
+            tried |= set(samples)
+        assert len(tried) > 8
+        for nothing in ({}, {"unknown.weight": np.ones(2, np.float32)}):
             found = verify(nothing)
             assert (found.kind, found.ok) == ("none", True) and LOADER in found.detail
     finally:

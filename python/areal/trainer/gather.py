@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from areal.models.checkpoint_names import CheckpointNames
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
 from areal.weight_sync.stream import BucketPlan, TensorSpec, plan_buckets
@@ -28,20 +29,31 @@ class WeightGatherer:
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
+        self._of_parameters: dict[BucketPlan, BucketPlan] = {}
+        """Buckets that are described as tensors of a checkpoint: the same as parameters."""
         for name, parameter in self._parameters.items():
             if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
                 raise ValueError(
                     f"parameter '{name}' is sharded as {parameter.placements}; weights are gathered from shards of dimension 0"
                 )
 
-    def bucket_plan(self, bucket_bytes: int) -> list[BucketPlan]:
-        """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps."""
+    def bucket_plan(self, bucket_bytes: int, names: CheckpointNames | None = None) -> list[BucketPlan]:
+        """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps.
+
+        With ``names`` the buckets are described as tensors of the model's checkpoint; their bytes are the same.
+        """
         described = [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
         itemsize = self._dtype.itemsize
-        return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
+        plans = plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
+        if names is None or names.is_identity:
+            return plans
+        on_the_wire = [names.on_the_wire(plan) for plan in plans]
+        self._of_parameters |= zip(on_the_wire, plans, strict=True)
+        return on_the_wire
 
     def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
+        bucket = self._of_parameters.get(bucket, bucket)
         with torch.no_grad():
             if self._rank != 0:
                 self._send(bucket)

@@ -38,6 +38,7 @@ class Rank:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
+        from areal.models.checkpoint_names import CheckpointNames
         from areal.trainer.checkpoint import CheckpointWriter
         from areal.trainer.engine import TrainEngine
 
@@ -62,7 +63,9 @@ class Rank:
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
-        self._buckets = self._engine.bucket_plan(config.weight_sync.bucket_mb << 20)
+        # SGLang loads checkpoints; the embedded engine knows the parameters by the names that they have here.
+        names = CheckpointNames(self._engine.template) if config.layout.engine == "sglang" else None
+        self._buckets = self._engine.bucket_plan(config.weight_sync.bucket_mb << 20, names)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
@@ -111,6 +114,11 @@ class Rank:
         from areal.weight_sync.stream import hash_tensors
 
         return hash_tensors(self._engine.gather, self._buckets, self._engine.device if self._is_first else None)
+
+    def rpc_sample_tensors(self, turn: int) -> dict[str, Any]:
+        from areal.weight_sync.samples import sample_tensors
+
+        return sample_tensors(self._engine.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()
