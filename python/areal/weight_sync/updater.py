@@ -300,7 +300,9 @@ class WeightUpdater:
             int(expected, 16),
             self._config.weight_sync.timeout,
             version=version,
-            tensor_hashes=self._trainer.tensor_hashes if self.streams else None,  # else it may have trained on meanwhile
+            # Only where the trainer waits; else it may have trained on meanwhile.
+            tensor_hashes=self._trainer.tensor_hashes if self.streams else None,
+            samples=(lambda: self._trainer.sample_tensors(version)) if self.streams else None,
         )
         if not found.ok and found.kind == "none":
             raise WeightUpdateError(found.detail)
