@@ -27,8 +27,8 @@ TINY = {
 }
 
 
-def make_model(folder: Path, seed: int = 0) -> Any:
-    """Saves a model and the arithmetic tokenizer; returns the tokenizer."""
+def make_model(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """Saves a model (``changes``: keys of its config) and the arithmetic tokenizer; returns the tokenizer."""
     from areal.models.loading import create_model
     from areal.tasks.arithmetic import build_tokenizer
 
@@ -39,7 +39,7 @@ def make_model(folder: Path, seed: int = 0) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    create_model({**special, **TINY}, seed=seed).save_pretrained(folder)
+    create_model({**special, **TINY, **changes}, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -35,8 +35,8 @@ def _with_cluster(config: GRPOConfig, scenario: Callable[[Cluster], Awaitable[No
         cluster = Cluster(config)
         try:
             await cluster.open()
-            await cluster.publish(0, announce=False)
-            await cluster.push()
+            await cluster.weights.publish(0, announce=False)
+            await cluster.weights.push()
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(cluster.watch())
                 await scenario(cluster)
@@ -57,7 +57,7 @@ def test_weights_published_while_no_server_lives_arrive_with_the_replacement(tmp
     async def scenario(cluster: Cluster) -> None:
         os.kill(cluster.servers[0].process.pid, signal.SIGKILL)
         await _until(lambda: not cluster.client.urls)
-        await cluster.publish(1)
+        await cluster.weights.publish(1)
         async with asyncio.timeout(20):  # not only when rollout.request_timeout is over
             await cluster.wait_for_version(1)
         assert cluster.client.acked_version == 1
@@ -106,10 +106,10 @@ def test_a_server_that_joins_while_a_number_is_used_again_has_the_newest_weights
         await _until(lambda: not cluster.client.urls)
         while not cluster.client.urls:
             await cluster.trainer.sft_step(batch, 1.0)
-            await cluster.publish(0, announce=False)
-            await cluster.push()
-        assert cluster.weights is not None
+            await cluster.weights.publish(0, announce=False)
+            await cluster.weights.push()
+        assert cluster.weights.published is not None
         stats = await cluster.client.engine_stats()
-        assert stats[cluster.servers[0].url]["hash"] == cluster.weights.digest
+        assert stats[cluster.servers[0].url]["hash"] == cluster.weights.published.digest
 
     _with_cluster(_config(tmp_path), scenario)

@@ -125,7 +125,7 @@ WRONG = {
     "actor.optimizer.lr=-1": "'actor.optimizer.lr' is -1, but must be greater than 0",
     "gconfig.top_p=2": "'gconfig.top_p' is 2, but must be at most 1",
     "deterministic=perhaps": "'deterministic' is 'perhaps', but must be true or false",
-    "rollout.update_mode=inplace": "'rollout.update_mode' is 'inplace', but must be one of retract, in_place",
+    "rollout.update_mode=inplace": "'rollout.update_mode' is 'inplace', but must be one of auto, abort, retract, in_place",
     "actor.optimizer.betas=[0.9, x]": "'actor.optimizer.betas[1]' is 'x', but must be a number",
     "gconfig.stop=end": "'gconfig.stop' is 'end', but must be a list",
     "gconfig.stop=[[1]]": "'gconfig.stop[0]' is a list, but must be text",
@@ -161,7 +161,9 @@ def test_evaluation_samples_as_training_does_but_for_what_it_sets(good: Path, tm
 
 CLASHES = {
     "rollout.backend=vllm:d1": ("the backend 'vllm' is not known", "use embedded:dN"),
-    "rollout.backend=embedded": ("is not a backend", "embedded:d1"),
+    "rollout.backend=embedded": ("'' is not a layout of embedded", "embedded:dN"),
+    "rollout.backend=embedded:d1t2": ("'d1t2' is not a layout of embedded", "embedded:dN"),
+    "rollout.backend=sglang:t2": ("'t2' is not a layout of sglang", "sglang:dNtM"),
     "rollout.backend=embedded:d0": ("is not a layout", "N of 1 or more"),
     "actor.backend=fsdp:d2t2": ("'d2t2' is not a layout of fsdp", "only data parallelism"),
     "actor.backend=megatron:d2": ("the backend 'megatron' is not known", "use fsdp:dN"),

@@ -8,14 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from areal.config import GRPOConfig
 from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
-from areal.inference.client import RolloutClient, WeightsAck, WeightUpdateError
+from areal.inference.client import RolloutClient, WeightUpdateError
 from areal.inference.servers import RolloutServer, ServerStartError, start_server
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
@@ -25,6 +25,8 @@ from areal.runner import DropCounter
 from areal.stats import StatsLogger
 from areal.trainer.worker import TrainerHandle
 from areal.weight_sync.shm import unlink_stale
+from areal.weight_sync.transports import weights_folder
+from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
 
 log = logging.getLogger(__name__)
@@ -42,15 +44,6 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
     return error
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What the trainer published last."""
-
-    version: int
-    digest: str
-    """weights_hash, 16 hex digits."""
-
-
 class Cluster:
     """The processes of a run. ``open`` starts them, ``close`` ends them; ``watch`` runs beside the loop and keeps them going."""
 
@@ -59,17 +52,13 @@ class Cluster:
         self._with_rollout = with_rollout  # false: the trainer alone, for supervised training
         self.drops = DropCounter()
         self.meter = EngineMeter()
-        self.weights: Weights | None = None
         self.servers: list[RolloutServer] = []
-        self._digests: dict[int, str] = {}  # of the last versions published
         self.given_rows = (train_dataset, valid_dataset)
         self._resources = AsyncExitStack()
-        self._published = asyncio.Event()
         self._acknowledged = asyncio.Event()
         self._evaluating = asyncio.Lock()
         self._tidying = asyncio.Lock()
         self._n_saving = 0
-        self._version_reused = asyncio.Lock()
 
     async def open(self) -> None:
         refuse_second_start()
@@ -97,7 +86,19 @@ class Cluster:
         async with asyncio.TaskGroup() as starting:
             starting.create_task(self._start_trainer())
             for index in range(config.layout.n_servers):
-                starting.create_task(self._add_server(index))
+                starting.create_task(self._first_server(index))
+        self.weights = WeightUpdater(
+            config,
+            self.trainer,
+            self.client,
+            lambda: self.servers,
+            weights_folder(config, self.run_folder),
+            self._weight_span,
+            self.display.note,
+        )
+
+    def _weight_span(self, actor: str, begin: float, end: float) -> None:
+        self.stats.span(actor, "weight_sync", begin, end)
 
     async def close(self) -> None:
         await self._resources.aclose()
@@ -106,106 +107,78 @@ class Cluster:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)
         self._resources.push_async_callback(self.trainer.close)
 
-    async def _add_server(self, index: int, restarts: int = 0) -> None:
+    async def _first_server(self, index: int) -> None:
+        """All servers of the start are told to have version 0: weights are pushed before the first request."""
+        server = await start_server(self.config, self.model_folder, self.run_folder, index)
+        self.client.add_server(server.url, server.process)
+        self.servers.append(server)
+
+    async def _new_server(self, index: int, restarts: int) -> None:
         """Starts a server; it gets requests once it has the current weights."""
         server = await start_server(self.config, self.model_folder, self.run_folder, index, restarts)
         try:
-            async with self._version_reused:  # or it could join with weights that were replaced under the same number meanwhile
-                if self.weights is not None:
-                    ack = await self.client.update_server(server.url, self.trainer.shm_name, self.weights.version, server.process)
-                    self._check_hash(server.url, ack)
-                self.client.add_server(server.url, server.process)
+            await self.weights.join(server)
         except BaseException:  # also when cancelled: it is in no list yet
             self.client.remove_server(server.url)
-            server.process.kill()
+            server.kill()
             raise
         self.servers.append(server)
 
     def _end_servers(self) -> None:
         for server in self.servers:
-            server.process.terminate()
+            server.terminate()
 
     # -- beside the loop --------------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
         """Brings weights to the servers and replaces dead ones, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._sync_weights(), name="weight sync")
+            tasks.create_task(self.weights.run(), name="weight sync")
             tasks.create_task(self._watch_servers(), name="server watch")
             tasks.create_task(self._watch_trainer(), name="trainer watch")
-
-    async def _sync_weights(self) -> None:
-        """Takes the newest published weights to every server; versions published meanwhile are skipped over."""
-        while True:
-            await self._published.wait()
-            self._published.clear()
-            await self.push()
-
-    async def push(self) -> None:
-        """Every live server takes the weights published last; returns when all have them and their hashes were checked."""
-        assert self.weights is not None
-        acks = await self.client.update_weights_from_shm(self.trainer.shm_name, self.weights.version)
-        for url, ack in acks.items():
-            self._check_hash(url, ack)
-
-    def _check_hash(self, url: str, ack: WeightsAck) -> None:
-        """Both sides must hold the same weights. A server may already have a newer version than it was asked for."""
-        expected = self._digests.get(ack.version)
-        if expected is not None and ack.hash != expected:
-            raise RunFailed(f"{url} holds other weights than the trainer at version {ack.version}: hash {ack.hash} instead of {expected}")
 
     async def _watch_servers(self) -> None:
         """Replaces rollout servers that died or that the client gave up, each up to ``rollout.max_restarts`` times."""
         async with asyncio.TaskGroup() as replacing:
             while True:
                 await asyncio.sleep(0.1)
-                for server in [s for s in self.servers if s.process.poll() is not None or not self.client.is_known(s.url)]:
+                for server in [s for s in self.servers if s.has_died() or not self.client.is_known(s.url)]:
                     self.servers.remove(server)
                     self.client.remove_server(server.url)
                     replacing.create_task(self._replace(server), name=f"replacement of {server.name}")
 
     async def _replace(self, server: RolloutServer) -> None:
         """A replacement that dies before it is ready is replaced in its turn."""
-        process, restarts = server.process, server.restarts
-        lives = process.poll() is None
-        why = f"it did not answer any more; {process.describe_death()}" if lives else process.describe_death()
+        if server.process is None:
+            return await self._rejoin(server)
+        restarts, lives = server.restarts, not server.has_died()
+        why = f"it did not answer any more; {server.describe_death()}" if lives else server.describe_death()
         if lives:
-            await asyncio.to_thread(process.kill)
+            await asyncio.to_thread(server.kill)
         while True:
             if restarts >= self.config.rollout.max_restarts:
                 raise RunFailed(f"a rollout server died after {restarts} replacements: {why}")
             restarts += 1
             self.display.note(f"{server.name} {'is' if lives else 'died and is'} being replaced: {why}")
             try:
-                return await self._add_server(server.index, restarts)
+                return await self._new_server(server.index, restarts)
             except (ServerStartError, WeightUpdateError) as error:
                 why = str(error)
+
+    async def _rejoin(self, server: RolloutServer) -> None:
+        """A server that nobody here can restart comes back when it answers again; with none left, the requests' deadline ends the run."""
+        self.display.note(f"{server.name} is left out until it answers again: {server.describe_death()}")
+        while True:
+            try:
+                return await self._new_server(server.index, server.restarts + 1)
+            except (ServerStartError, WeightUpdateError):
+                await asyncio.sleep(1.0)
 
     async def _watch_trainer(self) -> None:
         """Ends the run when a rank dies, also while nobody waits for its answer."""
         raise await self.trainer.died()
 
     # -- weights ---------------------------------------------------------------------------------------------------------------
-
-    async def publish(self, version: int, *, announce: bool = True) -> None:
-        """The trainer's weights into shared memory, under this number; waits for no reader.
-
-        Once announced, ``watch`` takes them to the servers; otherwise the caller does, by ``push``, and may use a number again: then no
-        server joins meanwhile, since one number would mean two weights.
-        """
-        if announce:
-            await self._publish(version)
-            self._published.set()
-        else:
-            async with self._version_reused:
-                await self._publish(version)
-
-    async def _publish(self, version: int) -> None:
-        begin = time.time()
-        version, digest = await self.trainer.publish(version)
-        self.weights = Weights(version, f"{digest:016x}")
-        self._digests = {v: d for v, d in self._digests.items() if v > version - 8} | {version: self.weights.digest}
-        self.stats.span("trainer 0", "weight_sync", begin, time.time())
 
     async def wait_for_version(self, version: int) -> None:
         """Until every live server has acknowledged ``version``."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
+from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
 
 
@@ -200,6 +201,8 @@ def check_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
     ``given`` names the data sets whose rows are there already.
     """
     _check_gpus(config)
+    if config.layout.engine == "sglang" and not config.rollout.urls:
+        sglang_python(config.sglang.python)
     if config.reward_fn:
         from areal.workflow.build import reward_function
 
@@ -222,6 +225,12 @@ def _check_gpus(config: GRPOConfig) -> None:
         raise ConfigError(
             f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",
             f"set actor.backend=fsdp:d{n_gpus}, or actor.device=cpu",
+        )
+    n_ranks = config.layout.n_ranks
+    if config.rollout.device != "cpu" and not config.rollout.urls and 0 < n_gpus < n_ranks:
+        raise ConfigError(
+            f"rollout.backend='{config.rollout.backend}' needs {n_ranks} GPUs for one server, and this machine has {n_gpus}",
+            f"set rollout.backend={config.layout.engine}:d{config.layout.n_servers}t{n_gpus}, or name servers of other machines in rollout.urls",
         )
 
 

@@ -1,6 +1,6 @@
 """The loop of asynchronous reinforcement learning: one asyncio process that starts, feeds and watches all others.
 
-    dataset -> runner -> workflow -> reward -> buffer -> cut -> packer -> trainer ranks -> shared memory -> rollout servers
+    dataset -> runner -> workflow -> reward -> buffer -> cut -> packer -> trainer ranks -> weight_sync -> rollout servers
 
 | who                | waits for                          | is woken by                            | gives up after          |
 |--------------------|------------------------------------|----------------------------------------|-------------------------|
@@ -10,12 +10,14 @@
 | a group            | all its episodes                   | the last one                           | rollout.episode_timeout |
 | trainer (``cut``)  | a batch that keeps the age bound   | a finished or rejected group           | rollout.batch_timeout   |
 | controller         | a train step, a publish            | the ranks' answers                     | actor.step_timeout      |
-| ``_sync_weights``  | published weights                  | the end of a train step                | never: idle by design   |
-|                    | the servers' acknowledgement       | their answers                          | rollout.request_timeout |
+| ``weights.run``    | published weights (shm, disk)      | the end of a train step                | never: idle by design   |
+| a weight update    | servers to be still                | their partial answers                  | weight_sync.timeout     |
+|                    | servers to take the weights        | their answers                          | weight_sync.timeout     |
 | ``_watch_servers`` | the death of a server              | polling                                | never                   |
 
-Generation never waits for training: it is bounded only by ``capacity``. Training never waits for the weight update: it publishes
-into shared memory and goes on with the next batch. Any task that dies ends the run with its reason.
+Generation never waits for training: it is bounded only by ``capacity``. With shared memory or a folder of weights, training does not
+wait for the weight update either: it publishes and goes on with the next batch. Where weights are streamed (broadcast, tensor) it sends
+them itself, between two steps. Any task that dies ends the run with its reason.
 """
 
 from __future__ import annotations
@@ -135,8 +137,8 @@ class PPOTrainer:
                 begin = time.monotonic()
                 await warm_up(config, cluster, self.eval_workflow)
                 totals.seconds_warmup = time.monotonic() - begin
-            await cluster.publish(0, announce=False)
-            await cluster.push()
+            await cluster.weights.publish(0, announce=False)
+            await cluster.weights.push()
             before = await self._evaluate("before")
             begin = time.monotonic()
             await self._learn(tasks)
@@ -168,9 +170,10 @@ class PPOTrainer:
                 if log is not None:
                     log.write(groups, step)
                 batch = await asyncio.to_thread(self._pack, groups)
-                train_stats = await cluster.trainer.train_step(batch)
-                clock.trained(train_stats["spans"])
-                await cluster.publish(step + 1)
+                async with cluster.weights.changing_weights():
+                    train_stats = await cluster.trainer.train_step(batch)
+                    clock.trained(train_stats["spans"])
+                    await cluster.weights.publish(step + 1)
                 row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
@@ -209,7 +212,7 @@ class PPOTrainer:
         cluster = self._cluster
         self.totals.add_step(row)
         row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.dropped}
-        row |= clock.row(row["tokens_trained"], *await cluster.read_engines())
+        row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row()
         cluster.log_step(row, clock)
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:

@@ -44,7 +44,7 @@ async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]
         finally:
             for task in started:
                 if not task.cancelled() and task.exception() is None:
-                    resources.callback(task.result().process.terminate)
+                    resources.callback(task.result().terminate)
         for task in started:
             client.add_server(task.result().url, task.result().process)
         return await evaluate(client, workflow, rows, seed=config.seed, tokenizer=tokenizer)

@@ -232,12 +232,12 @@ class RolloutCheck:
         self._n_checks = 0
 
     async def publish(self) -> None:
-        await self._cluster.publish(0, announce=False)
+        await self._cluster.weights.publish(0, announce=False)
 
     async def accuracy(self) -> float:
         from areal.evaluation import evaluate
 
-        await self._cluster.push()
+        await self._cluster.weights.push()
         self._n_checks += 1
         begin = time.time()
         result = await evaluate(self._cluster.client, self._workflow, self._rows, seed=self._cluster.config.seed + self._n_checks)
@@ -287,7 +287,7 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
         )
     if check is not None:
         await check.publish()
-        await cluster.push()
+        await cluster.weights.push()
     return result
 
 

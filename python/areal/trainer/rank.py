@@ -10,12 +10,15 @@ import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from areal.config import GRPOConfig, OptimizerConfig
 from areal.launcher.local import die_with_parent
 from areal.trainer.rpc import Failure, Server
 from areal.types import Microbatch
+
+if TYPE_CHECKING:
+    from areal.weight_sync.stream import SendResult, Target
 
 log = logging.getLogger("areal.trainer")
 
@@ -27,8 +30,11 @@ class Rank:
         self._server = server
         self._publisher: Any = None
         self._writer: Any = None
+        self._sender: Any = None
 
-    def rpc_init(self, config: GRPOConfig, model_folder: Path, rank: int, world_size: int, rendezvous: str, shm_name: str) -> None:
+    def rpc_init(
+        self, config: GRPOConfig, model_folder: Path, run_folder: Path, rank: int, world_size: int, rendezvous: str, shm_name: str
+    ) -> None:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
@@ -53,10 +59,17 @@ class Rank:
             model_folder, actor, temperature=config.gconfig.temperature, rank=rank, world_size=world_size, device=device
         )
         self._is_first = rank == 0
+        self._config = config
+        self._model_folder = model_folder
+        self._run_folder = run_folder
+        if config.layout.engine == "sglang" or config.transport == "disk":
+            self._engine.use_checkpoint_names()  # the embedded engine's parameters have the trainer's own names
+        self._buckets = self._engine.gatherer.bucket_plan(config.weight_sync.bucket_mb << 20)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
-            self._publisher = ShmPublisher(shm_name, self._engine.manifest())
+            if config.transport == "shm":
+                self._publisher = ShmPublisher(shm_name, self._engine.manifest())
             self._writer = CheckpointWriter(self._engine.template, model_folder, self._saved)
         n = sum(p.numel() for p in self._engine.model.parameters())
         log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
@@ -80,9 +93,35 @@ class Rank:
         self._engine.set_optimizer(config)
 
     def rpc_publish(self, version: int) -> int | None:
-        weights = self._engine.weights()
+        parts = self._engine.gatherer.parts(self._config.weight_sync.bucket_mb << 20)
         self._engine.version = version
-        return None if weights is None else self._publisher.publish(weights, version)
+        if self._is_first:
+            return self._publisher.publish(parts, version)
+        for _ in parts:
+            pass
+        return None
+
+    def rpc_send_weights(self, version: int, targets: list[Target], want_hash: bool) -> SendResult | None:
+        from areal.weight_sync.stream import stream_weights
+        from areal.weight_sync.transports import make_sender
+
+        if self._is_first and self._sender is None:
+            self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
+        self._engine.version = version
+        return stream_weights(self._engine.gatherer.gather, self._buckets, self._sender, version, targets, want_hash)
+
+    def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]
+
+    def rpc_tensor_hashes(self) -> dict[str, int]:
+        from areal.weight_sync.stream import hash_tensors
+
+        return hash_tensors(self._engine.gatherer.gather, self._buckets, self._engine.device if self._is_first else None)
+
+    def rpc_sample_tensors(self, turn: int) -> dict[str, Any]:
+        from areal.weight_sync.samples import sample_tensors
+
+        return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()
@@ -104,6 +143,8 @@ class Rank:
             self._writer.wait()
         if self._publisher is not None:
             self._publisher.close()
+        if self._sender is not None:
+            self._sender.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

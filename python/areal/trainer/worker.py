@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from areal.config import GRPOConfig, OptimizerConfig
 from areal.config_check import parse_trainer_backend
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
+from areal.weight_sync.stream import SendResult, Target
 
 __all__ = ["CheckpointFailed", "TrainerHandle", "WorkerDied", "WorkerFailed", "WorkerTimeout"]
 
@@ -46,6 +47,7 @@ class TrainerHandle:
         self._config = config
         self._run_folder = run_folder
         self._order = asyncio.Lock()
+        self._manifest: list[tuple[str, tuple[int, ...], str]] | None = None
         self._links: list[Link] = []
         self._failure: BaseException | None = None
         self._saves: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -61,6 +63,7 @@ class TrainerHandle:
             arguments = {
                 "config": config,
                 "model_folder": model_folder,
+                "run_folder": run_folder,
                 "world_size": self.world_size,
                 "rendezvous": str(Path(self._rendezvous.name) / "store"),
                 "shm_name": self.shm_name,
@@ -109,6 +112,38 @@ class TrainerHandle:
     async def publish(self, version: int) -> tuple[int, int]:
         """Writes the weights, as policy ``version``, to the shared memory segment; returns (version, hash). Waits for no reader."""
         return version, await self._call_all("publish", _PUBLISH_TIMEOUT, lambda rank: {"version": version})
+
+    async def send_weights(self, version: int, targets: Sequence[Target], want_hash: bool = False) -> SendResult:
+        """Brings the weights, as policy ``version``, to rollout servers by the configured transport; they must not be generating.
+
+        A server that fails is an ``Outcome`` with an error; what is raised is the trainer's own fault.
+        """
+        sync = self._config.weight_sync
+        # Every server has its own deadline; the sum of them is reached only when all hang one after the other.
+        limit = _PUBLISH_TIMEOUT + sync.timeout * (1 + len(targets))
+        arguments = {"version": version, "targets": list(targets), "want_hash": want_hash}
+        return await self._call_all("send_weights", limit, lambda rank: arguments)
+
+    async def write_weights(self, version: int, want_hash: bool = False) -> SendResult:
+        """Writes the weights, as policy ``version``, where servers will read them (transport ``disk``); nobody is waited for.
+
+        A disk that is full is an ``Outcome`` with an error.
+        """
+        return await self.send_weights(version, (), want_hash)
+
+    async def manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype (``float32``) of every tensor that goes over the wire; asked for once."""
+        if self._manifest is None:
+            self._manifest = await self._call_all("manifest", _PUBLISH_TIMEOUT, lambda rank: {})
+        return self._manifest
+
+    async def tensor_hashes(self) -> dict[str, int]:
+        """The hash of each tensor alone, as it would be sent now; for finding out where two sides differ."""
+        return await self._call_all("tensor_hashes", _PUBLISH_TIMEOUT, lambda rank: {})
+
+    async def sample_tensors(self, turn: int) -> dict[str, Any]:
+        """The first rows of some tensors, float32, as they would be sent now; of others at another ``turn``."""
+        return await self._call_all("sample_tensors", _PUBLISH_TIMEOUT, lambda rank: {"turn": turn})
 
     async def save(self, folder: Path) -> dict[str, Any]:
         """Writes a Hugging Face checkpoint; returns {"spans": [["checkpoint", start, end]]} when it is whole.

@@ -9,12 +9,17 @@ the data section of a safetensors file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from areal.ops.weights_hash import weights_hash
+
+_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,17 @@ class Outcome:
     """One sentence that names server, bucket and parameter; None = it has all buckets."""
 
 
+@dataclass(frozen=True, slots=True)
+class SendResult:
+    """What became of one update, for the controller."""
+
+    outcomes: list[Outcome]
+    hash: int | None
+    """``weights_hash`` of what was sent, by the names on the wire; None if it was not asked for."""
+    seconds: float
+    """From the first gather to the last server's answer."""
+
+
 class Sender(Protocol):
     """Rank 0's end of a transport. One update at a time: begin, then buffer and send for every bucket in order, then finish."""
 
@@ -85,8 +101,8 @@ class Sender(Protocol):
         """Puts ``data`` (what ``buffer`` gave, filled) on the way to every target and returns at once."""
         ...
 
-    def finish(self) -> list[Outcome]:
-        """Waits, at most until the deadline, and says what became of every target."""
+    def finish(self, digest: int | None = None) -> list[Outcome]:
+        """Waits, at most until the deadline, and says what became of every target. ``digest``: the hash of all that was sent, if known."""
         ...
 
     def close(self) -> None: ...
@@ -107,3 +123,45 @@ def plan_buckets(tensors: Iterable[tuple[str, Sequence[int], torch.dtype]], buck
     if specs:
         buckets.append(BucketPlan(len(buckets), tuple(specs)))
     return buckets
+
+
+def stream_weights(
+    gather: Callable[[BucketPlan, Tensor | None], None],
+    buckets: Sequence[BucketPlan],
+    sender: Sender | None,
+    version: int,
+    targets: Sequence[Target] = (),
+    want_hash: bool = False,
+) -> SendResult | None:
+    """One update, bucket by bucket: a collective. Ranks other than 0 have no ``sender`` and get None.
+
+    Also when every target has failed all buckets are gathered, because the other ranks would wait for rank 0.
+    """
+    if sender is None:
+        for bucket in buckets:
+            gather(bucket, None)
+        return None
+    start = time.monotonic()
+    digest = 0
+    sender.begin(version, buckets, targets)
+    for bucket in buckets:
+        data = sender.buffer(bucket)
+        gather(bucket, data)
+        sender.send(bucket, data)
+        if want_hash:  # while it is on the wire, which only reads it
+            digest += weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})
+    known = digest & _MASK if want_hash else None
+    return SendResult(sender.finish(known), known, time.monotonic() - start)
+
+
+def hash_tensors(
+    gather: Callable[[BucketPlan, Tensor | None], None], buckets: Sequence[BucketPlan], device: torch.device | None
+) -> dict[str, int]:
+    """``weights_hash`` of each tensor alone, as it would be sent: a collective. ``device`` is None on ranks other than 0."""
+    found: dict[str, int] = {}
+    for bucket in buckets:
+        data = None if device is None else torch.empty(bucket.nbytes, dtype=torch.uint8, device=device)
+        gather(bucket, data)
+        if data is not None:
+            found |= {spec.name: weights_hash({spec.name: spec.view(data)}) for spec in bucket.tensors}
+    return found

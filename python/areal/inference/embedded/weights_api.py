@@ -8,18 +8,24 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 from torch import Tensor
 
+from areal.inference.embedded.distributed_api import DistributedAPI
 from areal.inference.embedded.driver import EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.http_json import failure, json_response, parse_object
-from areal.models.loading import load_model
+from areal.inference.embedded.tensor_api import TensorAPI
 from areal.ops.weights_hash import weights_hash
+from areal.weight_sync.checkpoint_reader import open_checkpoint
 from areal.weight_sync.shm import ShmReader, WeightSyncError
 
 _SHM_TIMEOUT = 30.0
 """Seconds that an update waits for the version it was told about."""
+_QUIET_TIMEOUT = 120.0
+"""Seconds that a part of the weights waits for the requests that run; as in SGLang a pause or an abort spares it the waiting."""
+_QUIET_POLL = 0.005
 
 
 class WeightsAPI:
@@ -35,6 +41,8 @@ class WeightsAPI:
         self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
         self._updates: set[asyncio.Task[web.Response]] = set()
+        self._tensor = TensorAPI(self)
+        self._distributed = DistributedAPI(self, engine.device)
 
     @property
     def routes(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
@@ -42,6 +50,8 @@ class WeightsAPI:
         return {
             "/update_weights_from_disk": self.update_weights_from_disk,
             "/update_weights_from_shm": self.update_weights_from_shm,
+            **self._tensor.routes,
+            **self._distributed.routes,
         }
 
     async def start(self) -> None:
@@ -57,24 +67,21 @@ class WeightsAPI:
         if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
             return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
 
-        def read() -> dict[str, Tensor]:
-            dtype = next(self._engine.model.parameters()).dtype
-            return dict(load_model(path, dtype=dtype).named_parameters())
-
         async def update() -> web.Response:
             async with self._update_lock:
                 try:
-                    tensors = await asyncio.to_thread(read)  # beside generation; only the copy interrupts it
+                    source = await asyncio.to_thread(open_checkpoint, Path(path), self._engine.model)
                 except (OSError, ValueError) as error:
-                    return failure(f"model_path {path} cannot be loaded: {error}")
+                    return failure(f"the weights were not updated, model_path {path} cannot be loaded: {error}")
 
                 def load(parameters: Mapping[str, Tensor]) -> int:
-                    _copy_all(tensors, parameters)
+                    source.read_into(parameters)
                     return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
 
-                return await self._update(load, body, None if label is None else str(label))
+                with source:
+                    return await self._update(load, body, None if label is None else str(label))
 
-        return await self._to_the_end(update())
+        return await self.to_the_end(update())
 
     async def update_weights_from_shm(self, http: web.Request) -> web.Response:
         body = parse_object(await http.read())
@@ -102,9 +109,50 @@ class WeightsAPI:
 
                 return await self._update(load, body, None)
 
-        return await self._to_the_end(update())
+        return await self.to_the_end(update())
 
-    async def _to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
+    async def update_in_parts(self, fetch: Callable[[], Mapping[str, Tensor]], body: dict[str, Any]) -> web.Response:
+        """One part of the weights, of which the last one has the ``weight_version``; ``fetch`` runs in a thread, one at a time.
+
+        Unlike a whole update it never comes between two decode steps of a sequence, which would see half of the new weights: it waits
+        until nothing runs, or until generation is paused.
+        """
+
+        async def update() -> web.Response:
+            async with self._update_lock:
+                try:
+                    tensors = await asyncio.to_thread(fetch)
+                    await self._load_part(tensors, body)
+                except (ValueError, OSError, RuntimeError) as error:
+                    return failure(f"the weights were not updated: {error}")
+                label = body.get("weight_version")
+                if label is None:
+                    return json_response({"success": True, "message": f"{len(tensors)} tensors loaded."})
+                number = int(label) if str(label).isdigit() else self._engine.version + 1
+                return await self._update(lambda parameters: number, body, str(label))
+
+        return await self.to_the_end(update())
+
+    async def _load_part(self, tensors: Mapping[str, Tensor], body: dict[str, Any]) -> None:
+        def load(engine: EmbeddedEngine) -> bool:
+            if body.get("abort_all_requests"):
+                engine.abort(None)
+            if not engine.paused and engine.n_running + engine.n_waiting:
+                return False
+            parameters = engine.parameters()
+            unknown = set(tensors) - set(parameters)
+            if unknown:
+                raise ValueError(f"the model has no tensor '{min(unknown)}'")
+            _copy_all(tensors, {name: parameters[name] for name in tensors})
+            return True
+
+        deadline = time.monotonic() + _QUIET_TIMEOUT
+        while not await self._driver.call(load, is_long=True):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"requests kept running for {_QUIET_TIMEOUT:g} s; pause or abort them first")
+            await asyncio.sleep(_QUIET_POLL)
+
+    async def to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
         """Also when the client goes: the next update must not find the staging memory in use by a thread that nobody waits for."""
         task = asyncio.create_task(update)
         self._updates.add(task)
@@ -151,4 +199,5 @@ def _copy_all(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
         if tensors[name].shape != parameter.shape:
             raise ValueError(f"tensor '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}")
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        with torch.inference_mode():
+            parameter.copy_(tensors[name])

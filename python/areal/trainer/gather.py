@@ -1,0 +1,127 @@
+"""Weights out of the ranks, a bucket at a time: each rank casts what it holds of a bucket, rank 0 receives it where it belongs.
+
+FSDP2 cuts a parameter along its first dimension as ``torch.chunk`` does: equal pieces from the first rank on, and the last ranks may
+hold a smaller piece or none. A piece is thus one range of bytes of the whole tensor, so rank 0 receives every piece straight into the
+bucket and needs no memory besides it; another rank needs its own part of the bucket, and only where it has to cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from areal.models.checkpoint_names import CheckpointNames
+from areal.ops.flatten_weights import flatten_weights
+from areal.ops.weights_layout import ALIGNMENT
+from areal.weight_sync.stream import BucketPlan, plan_buckets
+
+
+class WeightGatherer:
+    """The parameters of one rank. Tied ones count once; all ranks make the same calls in the same order."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int, names: CheckpointNames | None = None) -> None:
+        """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here."""
+        self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+        self._dtype = dtype
+        self._rank = rank
+        self._world_size = world_size
+        self._names = names if names is not None and not names.is_identity else None
+        self._in_memory: dict[BucketPlan, BucketPlan] = {}
+        """From a bucket as the wire describes it to the same bytes as parameters, where these differ."""
+        for name, parameter in self._parameters.items():
+            if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
+                raise ValueError(
+                    f"parameter '{name}' is sharded as {parameter.placements}; weights are gathered from shards of dimension 0"
+                )
+
+    def bucket_plan(self, bucket_bytes: int) -> list[BucketPlan]:
+        """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps."""
+        if self._names is None:
+            return self._plan(bucket_bytes)
+        planned = {self._names.on_the_wire(bucket): bucket for bucket in self._plan(bucket_bytes)}
+        self._in_memory |= planned
+        return list(planned)
+
+    def _plan(self, bucket_bytes: int) -> list[BucketPlan]:
+        described = [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
+        itemsize = self._dtype.itemsize
+        return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
+
+    def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
+        """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
+        bucket = self._in_memory.get(bucket, bucket)
+        with torch.no_grad():
+            if self._rank != 0:
+                self._send(bucket)
+                return
+            assert out is not None
+            if self._world_size == 1:
+                self._fill(bucket, out)
+                return
+            receiving = [
+                dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._world_size) for rows in self._pieces(bucket, out, rank)
+            ]
+            works = dist.batch_isend_irecv(receiving) if receiving else []
+            sources = [local for spec in bucket.tensors if (local := self._piece(spec.name)).numel()]
+            for target, source in zip(self._pieces(bucket, out, 0), sources, strict=True):
+                target.copy_(source)
+            for work in works:
+                work.wait()
+
+    def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
+
+        A rank that has everything hands out its own parameters, not cast, in one part. Otherwise a part is a bucket, in memory that the
+        next part uses again.
+        """
+        if self._world_size == 1:
+            yield {name: self._piece(name) for name in self._parameters}
+            return
+        buckets = self._plan(bucket_bytes)
+        memory = None
+        if self._rank == 0:
+            device = self._piece(next(iter(self._parameters))).device
+            memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
+        for bucket in buckets:
+            out = None if memory is None else memory[: bucket.nbytes]
+            self.gather(bucket, out)
+            yield {} if out is None else {spec.name: spec.view(out) for spec in bucket.tensors}
+
+    def _piece(self, name: str) -> Tensor:
+        """This rank's piece of a parameter; on one rank all of it."""
+        parameter = self._parameters[name].detach()
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
+        """Where the pieces that ``rank`` holds lie in the bucket, without those that are empty."""
+        for spec in bucket.tensors:
+            chunk = -(-spec.shape[0] // self._world_size)
+            rows = spec.view(out)[rank * chunk : (rank + 1) * chunk]
+            if rows.numel():
+                yield rows
+
+    def _fill(self, bucket: BucketPlan, out: Tensor) -> None:
+        """All of a bucket, when this rank has everything."""
+        aligned: dict[str, Tensor] = {}
+        for spec in bucket.tensors:
+            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._piece(spec.name).is_contiguous():
+                break
+            aligned[spec.name] = self._piece(spec.name)
+        flatten_weights(aligned, out, self._dtype)
+        for spec in bucket.tensors[len(aligned) :]:
+            spec.view(out).copy_(self._piece(spec.name))
+
+    def _send(self, bucket: BucketPlan) -> None:
+        """This rank's pieces, cast together; those that need no cast go out from where they are."""
+        pieces = {spec.name: local for spec in bucket.tensors if (local := self._piece(spec.name).contiguous()).numel()}
+        if not pieces:
+            return
+        if any(piece.dtype != self._dtype for piece in pieces.values()):
+            flat, layout = flatten_weights(pieces, dtype=self._dtype)
+            pieces = {e.name: flat[e.offset : e.offset + e.nbytes].view(e.dtype) for e in layout.entries}
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, piece, 0) for piece in pieces.values()]):
+            work.wait()
