@@ -27,7 +27,7 @@ _SPARE_CONTEXT = 8
 """SGLang ends an answer 2 tokens before its context length and refuses an input 6 tokens before it (managers/tp_worker.py): so much
 longer than the longest sequence its context is, or the last tokens of a long answer would silently be missing."""
 
-Option = bool | int | float | str | list[str]
+Option = bool | int | float | str | list[int | float | str]
 
 
 def sglang_argv(
