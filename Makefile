@@ -1,5 +1,7 @@
 # make demo | test | lint | format | build | bench | clean        everything happens in .venv; nothing else is installed or changed
 # make bench-gpu        builds into a Python that has torch and measures the ops on a GPU: no network, no .venv; BENCH_GPU='--quick'
+# make test-sglang      makes .venv-sglang, an environment with SGLang for the CPU (2.3 GB; `make sglang-env` alone), and runs the tests that
+#                       need it; AREAL_SGLANG_PYTHON=FILE takes the interpreter of another one
 #   PYTHON=python3.12     interpreter (>= 3.11) to make .venv with
 #   TORCH_INDEX=URL       package index for torch alone, for instance PyTorch's own of CPU-only builds
 #   AREAL_CUDA=OFF        leave the CUDA kernels out (AUTO, ON, OFF)
@@ -9,6 +11,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 TORCH_INDEX ?=
 AREAL_CUDA ?= AUTO
 BIN := $(VENV)/bin
@@ -21,13 +24,28 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c '
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh tests/cuda_on_host/*.h)
 
-.PHONY: demo test lint format build bench bench-gpu clean venv
+# A file of tests is one process's, and a test takes a core or two. JOBS=0 runs them one after the other, here.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+IN_PARALLEL = -n $(JOBS) --dist loadfile
+
+.PHONY: demo test test-sglang stress sglang-env lint format build bench bench-gpu clean venv
 
 demo: $(VENV)/.train
 	$(BIN)/areal train examples/arithmetic.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
+
+# Without these tests' environment `make test` skips them and says so.
+test-sglang: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
+	$(BIN)/python -m pytest -m sglang $(IN_PARALLEL) $(PYTEST_ARGS)
+
+# Rollout servers killed with -9 at the worst moments of a weight update, 20 times each; hours on a small machine.
+stress: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
+	AREAL_STRESS_REPEATS=20 $(BIN)/python -m pytest tests/test_server_kills.py $(PYTEST_ARGS)
+
+sglang-env: $(VENV)/.torch
+	PYTHONPATH=python TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m areal.inference.sglang_cpu_env $(SGLANG_VENV)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -59,7 +77,7 @@ bench-gpu:
 venv: $(VENV)/.test
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # torch first and by itself, in exactly the tested range: the calls after it find it installed and leave it alone.
 $(VENV)/.torch:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -73,11 +73,12 @@ class Ordeal:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._watching is not None
-        ended_early = self._watching.done() and not self._watching.cancelled()
+        ended_early = self._watching.done()
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
         await self.cluster.close()
-        assert not ended_early, "the watch beside the run ended"
+        if ended_early:
+            self._watching.result()  # what ended it is the reason for everything after it
 
     # -- what happens ------------------------------------------------------------------------------------------------------------
 
@@ -100,15 +101,27 @@ class Ordeal:
             if moment == "idle":
                 requests = [self._request() for _ in range(4)]
                 asking = [asyncio.create_task(self.cluster.client.agenerate(request)) for request in requests]
-            answers = await asyncio.gather(*asking)
-            for request, answer in zip(requests, answers, strict=True):
-                assert answer.stop_reason == "length" and answer.input_tokens == request.input_ids
-                lengths = {len(answer.output_tokens), len(answer.output_versions), len(answer.output_logprobs)}
-                assert lengths == {request.gconfig.max_new_tokens}, "tokens were lost or came twice"
-            self._answers += answers
+            self._take(requests, await asyncio.gather(*asking))
             await self._until(lambda: len(self.cluster.client.urls) == n_servers)
             assert victim.url not in self.cluster.client.urls, "it was killed and must have been replaced"
             assert self.cluster.client.acked_version == self.version
+
+    async def update_under_load(self, n_requests: int, n_updates: int) -> None:
+        """Updates follow one another while all the requests are generating; nobody is killed."""
+        requests = [self._request() for _ in range(n_requests)]
+        asking = [asyncio.create_task(self.cluster.client.agenerate(request)) for request in requests]
+        for _ in range(n_updates):
+            await asyncio.sleep(0.1)
+            await self._train_and_publish()
+        self._take(requests, await asyncio.gather(*asking))
+
+    def _take(self, requests: Sequence[ModelRequest], answers: Sequence[ModelResponse]) -> None:
+        """Exactly one answer a request, and nothing of it missing or double."""
+        for request, answer in zip(requests, answers, strict=True):
+            assert answer.stop_reason == "length" and answer.input_tokens == request.input_ids
+            lengths = {len(answer.output_tokens), len(answer.output_versions), len(answer.output_logprobs)}
+            assert lengths == {request.gconfig.max_new_tokens}, "tokens were lost or came twice"
+        self._answers += answers
 
     async def _train_and_publish(self) -> None:
         async with self.cluster.weights.changing_weights():
@@ -215,6 +228,11 @@ class Ordeal:
     def n_mixed(self) -> int:
         """Answers whose tokens come from more than one version."""
         return sum(len(set(answer.output_versions)) > 1 for answer in self._answers)
+
+    @property
+    def n_versions(self) -> int:
+        """Versions that sampled some token."""
+        return len({version for answer in self._answers for version in answer.output_versions})
 
 
 @torch.no_grad()

@@ -75,9 +75,10 @@ def test_a_trainer_gathers_its_buckets_by_these_names(name: str, tmp_path: Path)
     create_model(MODELS[name], seed=1).save_pretrained(tmp_path)
     engine = TrainEngine(tmp_path, ActorConfig(path=str(tmp_path)))
     tensors: dict[str, Tensor] = {}
-    for bucket in engine.bucket_plan(5000, CheckpointNames(engine.template)):
+    engine.use_checkpoint_names()
+    for bucket in engine.gatherer.bucket_plan(5000):
         data = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        engine.gather(bucket, data)
+        engine.gatherer.gather(bucket, data)
         tensors |= {spec.name: spec.view(data) for spec in bucket.tensors}
     saved = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == saved.keys() and all(torch.equal(tensors[key], saved[key]) for key in saved)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from areal.ops.weights_hash import weights_hash
 from areal.weight_sync.checkpoint_reader import CheckpointReader
 from areal.weight_sync.disk import INDEX, DiskSender, remove_old, version_folder
+from areal.weight_sync.stream import BucketPlan
 from tests.rollout_servers import Server, make_model
 from tests.weight_transports import assert_serves, get, plan, post, send, weights_of
 
@@ -153,18 +156,49 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path, model: Path, monkeypatch: p
     assert send(sender, odd_weights(), 1)[0].error is None
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_write_that_fails_names_the_bucket(tmp_path: Path, model: Path) -> None:
     sender = DiskSender(tmp_path, model)
-    weights = odd_weights()
-
-    def fill_up(bucket: object) -> None:
-        name = f"model-00002-of-{len(plan(weights, 300)):05d}.safetensors"
-        (target := tmp_path / "v000001.partial" / name).exists() or target.symlink_to("/dev/full")
-
-    (outcome,) = send(sender, weights, 1, bucket_bytes=300, before=fill_up)
-    assert outcome.error is not None and "bucket 1 ('rounded' ...)" in outcome.error
+    weights = {"small": torch.ones(10), "large": torch.ones(5000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, hard))
+    try:
+        (outcome,) = send(sender, weights, 1, bucket_bytes=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.error is not None and "at bucket 2 of 2 (from parameter 'large' on): File too large" in outcome.error
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_that_hangs_costs_the_timeout(tmp_path: Path, model: Path) -> None:
+    """A pipe that nobody reads: opening it hangs as a file server does that has gone."""
+    sender = DiskSender(tmp_path, model, timeout=1.0)
+    weights = {name: torch.ones(100) for name in "abcdef"}
+    partial = tmp_path / "v000001.partial"
+
+    def hang(bucket: BucketPlan) -> None:
+        if bucket.index == 1:
+            wait_until(partial.exists)
+            os.mkfifo(partial / "model-00002-of-00006.safetensors")
+
+    begin = time.monotonic()
+    (outcome,) = send(sender, weights, 1, bucket_bytes=400, before=hang)
+    assert 0.9 < time.monotonic() - begin < 30
+    assert (
+        outcome.error is not None
+        and "at bucket 4 the file system had kept the trainer waiting for 1 s (weight_sync.timeout)" in outcome.error
+    )
+    with (partial / "model-00002-of-00006.safetensors").open("rb"):  # it goes on, and finds that nobody wants it any more
+        wait_until(lambda: not partial.exists())
+    assert os.listdir(tmp_path) == []
+    assert send(sender, weights, 2, bucket_bytes=400)[0].error is None
+    assert os.listdir(tmp_path) == ["v000002"]
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_targets_are_refused(tmp_path: Path, model: Path) -> None:

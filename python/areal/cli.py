@@ -48,10 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--keys", action="store_true", help="list every key with its default and meaning and stop")
 
     serve = commands.add_parser(
-        "serve", help="serve a model over SGLang's HTTP protocol", description="Serve a model with the embedded engine."
+        "serve",
+        usage="areal serve MODEL [options] [-- options of SGLang]",
+        help="serve a model over SGLang's HTTP protocol",
+        description="Serve a model in the foreground: by the embedded engine, or by SGLang. Prints the address once SGLang answers.",
     )
     serve.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model")
-    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--backend", choices=["embedded", "sglang"], default="embedded")
+    serve.add_argument("--python", default="", metavar="FILE", help="sglang: interpreter of the environment that SGLang is in")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
     serve.add_argument("--port", type=int, default=30000, help="0 takes a free one")
     serve.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     serve.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -59,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-context", type=int, default=0, metavar="N", help="longest prompt + answer in tokens; 0 = the model's limit")
     serve.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
     serve.add_argument(
-        "--update-mode", choices=["retract", "in_place"], default="retract", help="KV of running sequences at a weight update"
+        "--update-mode",
+        choices=["abort", "retract", "in_place"],
+        help="running sequences at a weight update, as rollout.update_mode of the run that will use it",
     )
-    serve.add_argument("--deterministic", action="store_true", help="answers do not depend on what else is running")
+    serve.add_argument("--deterministic", action="store_true", help="embedded: answers do not depend on what else is running")
 
     evaluate = commands.add_parser(
         "eval",
@@ -91,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv and argv[0] == "serve" else len(argv)
+    args, rest = parser.parse_known_args(argv[:cut])
+    args.server_options = argv[cut + 1 :]
     # argparse does not take key=value words behind an option.
     if args.command in ("train", "eval") and all("=" in word and not word.startswith("-") for word in rest):
         args.words += rest
@@ -169,20 +179,55 @@ def _train(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from areal.config_check import check_device, check_model_dir
-
-    check_model_dir("MODEL", args.model)
-    check_device("--device", args.device)
-    from areal.inference.embedded.server import main as serve
     from areal.launcher.gpus import count_gpus
     from areal.launcher.local import free_port
 
+    _check_serve(args)
+    check_model_dir("MODEL", args.model)
+    check_device("--device", args.device)
     if args.device == "auto":
         args.device = "cuda:0" if count_gpus() else "cpu"
     args.port = args.port or free_port()
+    if args.backend == "sglang":
+        return _serve_sglang(args)
+    from areal.inference.embedded.server import main as serve
 
+    args.update_mode = "in_place" if args.update_mode == "in_place" else "retract"
     options = ["model", "host", "port", "device", "dtype", "max_running_requests", "max_context", "threads", "update_mode"]
     words = [word for name in options for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return serve([*words, *(["--deterministic"] if args.deterministic else [])])
+
+
+def _check_serve(args: argparse.Namespace) -> None:
+    """Options of one backend that were given for the other."""
+    from areal.config import ConfigError
+
+    if args.backend == "sglang":
+        wrong = "--deterministic" if args.deterministic else "--update-mode in_place" if args.update_mode == "in_place" else ""
+    else:
+        wrong = "--python" if args.python else "-- and options behind it" if args.server_options else ""
+    if wrong:
+        other = "embedded" if args.backend == "sglang" else "sglang"
+        raise ConfigError(f"{wrong} is for --backend {other}", f"leave it out, or add --backend {other}")
+
+
+def _serve_sglang(args: argparse.Namespace) -> int:
+    from areal.inference.sglang_serve import serve
+
+    _end_in_order()
+    return serve(
+        Path(args.model).expanduser().absolute(),
+        python=args.python,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+        max_running_requests=args.max_running_requests,
+        max_context=args.max_context,
+        threads=args.threads,
+        keep_prefixes=args.update_mode != "retract",
+        options=args.server_options,
+    )
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -198,7 +243,9 @@ def _eval(args: argparse.Namespace) -> int:
     file = args.config or next((str(f / "config.yaml") for f in model.parents if (f / "config.yaml").is_file()), None)
     if file is None:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
-    config, _ = load_expr_config([file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null"], GRPOConfig)
+    config, _ = load_expr_config(
+        [file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null", "rollout.urls=[]"], GRPOConfig
+    )
     _import_from_here()
     _end_in_order()
     check_machine(config)

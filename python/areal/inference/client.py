@@ -68,7 +68,7 @@ class RolloutClient:
         self._newest = 0
         self._sampling: dict[int, tuple[GenerationConfig, dict[str, Any]]] = {}
         self._rids = (f"{prefix}-{n}" for prefix in [secrets.token_hex(4)] for n in itertools.count())
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._abandoned: set[asyncio.Task[Any]] = set()  # exchanges that nobody waits for any more
         for index, url in enumerate(urls):
             self.add_server(url, processes[index] if index < len(processes) else None)
 
@@ -130,8 +130,7 @@ class RolloutClient:
     async def close(self) -> None:
         """Closes every connection, which ends what the servers generate for us."""
         await self._router.close()
-        if self._aborts:
-            await asyncio.wait(self._aborts)
+        await asyncio.gather(*self._abandoned, return_exceptions=True)
 
     # -- generation ------------------------------------------------------------------------------------------------------------
 
@@ -182,12 +181,10 @@ class RolloutClient:
                 failures = failures + 1 if len(done.tokens) == n_before else 1
                 await self._after_failure(server, failures, error)
                 continue
-            finally:
-                self._router.release(server, submission)
             failures = 0
             if submission.reason in ("stop", "length"):
                 return submission.reason
-            if submission.n_new and not submission.stamped:
+            if submission.n_new and not (submission.stamped or submission.streamed):
                 # SGLang samples one token more after an abort, and does not look whether it ends the answer. Dropped whatever it
                 # is, it is sampled again from the same distribution, and then an end is seen as one.
                 done.drop_last()
@@ -198,30 +195,65 @@ class RolloutClient:
                 await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * idle_aborts))
 
     async def _submit(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
-        """One POST /generate; what comes back goes into the submission."""
-        done = submission.done
+        """One POST /generate; what comes back goes into the submission.
+
+        If the caller is cancelled, the server is told, and the submission counts as in flight until the server has ended it: weights
+        must not change under it, and SGLang itself looks only every few seconds whether a client is still there.
+        """
+        exchange = asyncio.create_task(self._exchange(server, submission, request, seed))
+        try:
+            await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            if not exchange.done():
+                self._abandon(server, submission, exchange)
+            raise
+
+    def _abandon(self, server: Server, submission: Submission, exchange: asyncio.Task[Any]) -> None:
+        """Has the server end a submission whose tokens nobody wants any more."""
+        for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
+
+    async def _exchange(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
+        tokens, exchange = submission.done.tokens, asyncio.current_task()
+        assert exchange is not None
 
         def take(answer: Any) -> None:
             server.n_heard += 1
+            was_lost = submission.is_lost
             submission.take(answer, server.url)
+            if submission.is_lost and not was_lost:
+                self._abandon(server, submission, exchange)
 
         body: dict[str, Any] = {
             "rid": submission.rid,
-            "input_ids": [*request.input_ids, *done.tokens],
-            "sampling_params": self._sampling_params(request.gconfig, seed, len(done.tokens)),
+            "input_ids": [*request.input_ids, *tokens],
+            "sampling_params": self._sampling_params(request.gconfig, seed, len(tokens)),
             "return_logprob": True,
         }
         try:
-            if await self._streams(server):
+            submission.streamed = await self._streams(server)
+            if submission.streamed:
                 await server.wire.events("/generate", {**body, "stream": True}, take)
             else:
                 take(await server.wire.call("POST", "/generate", body, timeout=None))  # agenerate has the deadline
-        except asyncio.CancelledError:
-            self._abort_soon(server, submission.rid)
-            raise
-        if submission.reason is None:
-            raise WireError(f"{server.url} ended an answer without a finish reason")
-        server.stamps = submission.stamped or (server.stamps if not submission.n_new else False)
+            if submission.reason is None:
+                raise ProtocolError(f"{server.url} ended an answer without a finish reason")
+        finally:
+            self._router.release(server, submission)
+        if submission.n_new:
+            server.stamps = submission.stamped
+
+    async def _end(self, server: Server, rid: str, exchange: asyncio.Task[Any]) -> None:
+        """Has the server abort a request, again while it goes on: the first time it may not know of it yet."""
+        pause = _RETRY_FIRST
+        while not exchange.done() and server.live:
+            try:
+                await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=_CONTROL_TIMEOUT)
+            except (WireError, HTTPStatusError, TimeoutError):
+                pass  # it is dying, or busy
+            await asyncio.wait([exchange], timeout=pause)
+            pause = min(_RETRY_LAST, 2 * pause)
 
     async def _streams(self, server: Server) -> bool:
         """Whether its answers are streamed: where requests stay in a server through an update and it stamps no versions."""
@@ -234,20 +266,6 @@ class RolloutClient:
     async def _ask_kind(self, server: Server) -> None:
         info = await server.wire.call("GET", "/model_info", timeout=_CONTROL_TIMEOUT)
         server.stamps = isinstance(info, dict) and str(info.get("engine", "")).startswith("areal")
-
-    def _abort_soon(self, server: Server, rid: str) -> None:
-        """Nobody waits for this request any more. SGLang looks only every few seconds whether a client is still there."""
-
-        async def abort() -> None:
-            try:
-                await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=_CONTROL_TIMEOUT)
-            except (WireError, HTTPStatusError, TimeoutError):
-                pass  # it will find out by itself
-
-        if server.live and not server.stamps:
-            task = asyncio.create_task(abort())
-            self._aborts.add(task)
-            task.add_done_callback(self._aborts.discard)
 
     async def _after_failure(self, server: Server, failures: int, error: WireError | HTTPStatusError) -> None:
         """Counts a server out when its process is dead or it answers nobody; else waits a little, or raises RequestRejected."""

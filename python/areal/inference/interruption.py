@@ -1,19 +1,23 @@
 """Stopping one server for new weights, and letting it go on, so that it is exact which version sampled each token.
 
-abort (SGLang's default): the server's gate closes, whatever is in flight ends with the tokens it has and waits at the gate as a new
-submission. Once nothing is in flight, ``/flush_cache`` must succeed: SGLang answers before its scheduler has forgotten a request, and an
-update with ``flush_cache: true`` in that moment would kill it. No token is sampled between ``interrupt`` and ``resume``, and no KV
-outlives it, that of the radix cache included; every token of a submission has the version that the server had at the gate.
+abort (SGLang's default): the server's gate closes; whatever is in flight ends with the tokens it has and waits at the gate as a new
+submission. No token is sampled between ``interrupt`` and ``resume``; every token of a submission has the version that the server had at
+the gate. The update must end with ``flush_cache: true``, so that no KV outlives it, that of the radix cache included. SGLang asserts
+that it is idle then, and an assertion kills it; it answers a request one step before its scheduler has forgotten it. ``interrupt``
+therefore ends with a question that only the scheduler answers: what it is asked after that, it is asked in a later step.
 
 retract: running requests stay in the server, which throws their KV away. A server that stamps versions (the embedded engine) needs no
-more. SGLang stamps none, so requests are streamed there. It acknowledges the pause before its scheduler knows of it, so ``/flush_cache``,
-which only the scheduler answers, tells when it stands still, and tokens still on their way have arrived when none came for a while.
-The pause adds one to ``num_retractions`` of every request that had KV; tokens with more retractions than a request had shown when the
-server was resumed are of the new weights, all others of the old ones. A retraction for want of memory does not disturb this: it raises
-the number too, but before the pause it is shown with the next token, or that token comes after the update.
-What had shown no token is aborted; if the server does not end it, it has not begun, and all its tokens will be of the new weights.
-The same goes for requests with stop strings, whose tokens SGLang holds back while they could be the beginning of one.
-The server must run without a radix cache, and updates must say ``flush_cache: false``: it cannot be flushed while requests wait.
+more. SGLang stamps none, so requests are streamed there, one token a chunk, and each chunk says how often its request has been
+retracted. A pause retracts what is running; so the tokens of a request that was seen running are told apart by that number, however late
+they arrive, and they do: the acknowledgement of a pause overtakes tokens by milliseconds, or by seconds on a machine that is short of
+CPU. What was not seen running since it was sent, or since the last update, may be waiting, and then no pause retracts it: it is aborted
+and sent again. What the server does not end then has not begun there, and all its tokens will be of the new weights. Requests with stop
+strings are aborted too, since SGLang holds tokens back while they could be the beginning of one.
+Retractions for want of memory do not disturb this: before the update is over they find nothing to be told apart, and one that comes
+later comes after the one of the pause, unless the request waited for memory when the pause came, and then its next token is of the new
+weights as well. The one case left is a retraction for want of memory within the last steps before a pause, whose token arrives only after
+the whole update; ``max_running_requests`` should be such that memory suffices.
+The server must run without a radix cache, and updates must say ``flush_cache: false``: it is not idle while requests wait.
 
 in_place (embedded engine): as retract, but the KV is kept.
 """
@@ -28,8 +32,8 @@ from areal.inference.wire import HTTPStatusError, WireError
 
 InterruptMode = Literal["abort", "retract", "in_place"]
 _REPEAT_FIRST, _REPEAT_LAST = 0.05, 1.0
-_QUIET = 0.1
-"""Seconds without a new token after which those that were on their way have arrived; between processes of one server they take 1 ms."""
+_QUIET = 0.05
+"""Seconds without a token after which those that were on their way have most likely arrived, which saves aborts."""
 
 
 class InterruptFailed(RuntimeError):
@@ -73,7 +77,7 @@ async def resume(server: Server, mode: InterruptMode, version: int, timeout: flo
 
 
 async def end_all(server: Server) -> None:
-    """Ends every request in the server, until nothing is in flight and no KV is left."""
+    """Ends every request in the server, until nothing is in flight."""
     pause = _REPEAT_FIRST
     while True:
         # Again and again: a request may have been between our socket and the scheduler, where an abort does not find it.
@@ -81,42 +85,38 @@ async def end_all(server: Server) -> None:
         try:
             async with asyncio.timeout(pause):
                 await server.idle.wait()
+            break
         except TimeoutError:
             pause = min(_REPEAT_LAST, 2 * pause)
-            continue
-        if await _flush(server):
-            return
-        await asyncio.sleep(pause)  # it is ending a request that we do not wait for: its caller gave up, or is somebody else
-        pause = min(_REPEAT_LAST, 2 * pause)
+    await _ask_scheduler(server)
 
 
-async def _flush(server: Server) -> bool:
-    """Whether the scheduler was idle, so that its cache is now empty; in any case it has handled all that came before."""
+async def _ask_scheduler(server: Server) -> None:
+    """When this returns, SGLang's scheduler has handled all that came before. Not /flush_cache: that collects garbage for half a second."""
+    if server.stamps:
+        return  # the embedded engine handles a command before it acknowledges it
     try:
-        await server.wire.call("POST", "/flush_cache", {}, timeout=None)
+        await server.wire.call("GET", "/server_info", timeout=None)
     except HTTPStatusError as error:
-        if error.status != 400:
+        if error.status != 404:
             raise
-        return False
-    return True
 
 
 async def _pause(server: Server, mode: InterruptMode) -> None:
     await server.wire.call("POST", "/pause_generation", {"mode": mode}, timeout=None)
     if not server.stamps:
-        await _flush(server)
-        await _quiet(server)
-        unclear = [s for s in server.submissions.values() if not s.n_new or s.holds_back]
-        for submission in unclear:
-            await server.wire.call("POST", "/abort_request", {"rid": submission.rid}, timeout=None)
+        await _settle(server)
+        unclear = [s.rid for s in server.submissions.values() if not s.is_clear]
+        for rid in unclear:
+            await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=None)
         if unclear:
-            await _flush(server)
-            await _quiet(server)
+            await _settle(server)
     server.meter.set_activity("weight_sync")
 
 
-async def _quiet(server: Server) -> None:
-    """Until no token has come from this server for a while."""
+async def _settle(server: Server) -> None:
+    """Until the scheduler has handled all that came before, and no answer has come for a while."""
+    await _ask_scheduler(server)
     heard = -1
     while heard != server.n_heard:
         heard = server.n_heard

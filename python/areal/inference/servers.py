@@ -164,6 +164,7 @@ async def _wait_ready(server: RolloutServer, timeout: float) -> None:
             if server.process is not None and server.has_died():
                 raise ServerStartError(_why_it_died(server.name, server.process))
             if await _is_ready(session, server):
+                await _freeze_gc(session, server)
                 return
             if time.monotonic() > deadline:
                 raise ServerStartError(_why_not_ready(server, timeout))
@@ -180,6 +181,15 @@ async def _is_ready(session: aiohttp.ClientSession, server: RolloutServer) -> bo
             return response.status == 200
     except (aiohttp.ClientError, OSError, TimeoutError):
         return False  # not listening yet, or busy starting
+
+
+async def _freeze_gc(session: aiohttp.ClientSession, server: RolloutServer) -> None:
+    """What SGLang has loaded by now is never garbage; on the CPU every flush of its cache would look through all of it (0.4 s)."""
+    try:
+        async with session.post(f"{server.url}/freeze_gc", json={}) as response:
+            await response.read()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass  # slower, but right; and the embedded engine has nothing to freeze
 
 
 def _why_not_ready(server: RolloutServer, timeout: float) -> str:

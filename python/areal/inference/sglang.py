@@ -63,6 +63,7 @@ def sglang_argv(
         "tensor_parallel_size": n_ranks,
         "sleep_on_idle": True,  # an idle server burns a core otherwise
         "disable_radix_cache": not keep_prefixes,
+        "log_level_http": "warning",  # a line a request says nothing
     }
     if dist_port is not None:
         ours["nccl_port"] = dist_port
@@ -124,6 +125,8 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
         # A server whose scheduler was killed would sleep 5 s before it ends, to have its dead processes examined.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "false",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
+        # Nobody listens there (gRPC is off), but SGLang refuses a --port above 55535 without it: the other one would be 10000 more.
+        "SGLANG_GRPC_PORT": "1",
         # The few spare tokens of _SPARE_CONTEXT; no position beyond the model's limit is ever used.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }

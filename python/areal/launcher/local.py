@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 _PARENT_VARIABLE = "AREAL_PARENT_PID"
 IMPORTING_MAIN_VARIABLE = "AREAL_IMPORTING_MAIN"
@@ -52,13 +54,16 @@ def _watch_parent(parent: int) -> None:
 
 
 class ChildProcess:
-    """A started process. ``argv`` after the interpreter: ``["-m", "module", ...]`` runs with this Python."""
+    """A started process. ``argv`` after the interpreter: ``["-m", "module", ...]`` runs with this Python.
+
+    Without ``log_path`` its output goes to our stderr.
+    """
 
     def __init__(
         self,
         name: str,
         argv: Sequence[str],
-        log_path: Path,
+        log_path: Path | None,
         env: Mapping[str, str] | None = None,
         python: str = sys.executable,
         pass_fds: Sequence[int] = (),
@@ -66,9 +71,14 @@ class ChildProcess:
         refuse_second_start()
         self.name = name
         self.log_path = log_path
-        log_path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **(env or {}), _PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        with log_path.open("ab") as log:
+        with contextlib.ExitStack() as files:
+            log: IO[bytes] | int
+            if log_path is None:
+                log = sys.stderr.fileno()
+            else:
+                log_path.parent.mkdir(parents=True, exist_ok=True)
+                log = files.enter_context(log_path.open("ab"))
             # Own session: Ctrl-C reaches the controller only, which then ends its children in order.
             self._process = subprocess.Popen(
                 [python, *argv],
@@ -88,7 +98,16 @@ class ChildProcess:
         """Exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
+    def wait(self, timeout: float) -> int | None:
+        """Exit code as ``poll``; None if it still runs after ``timeout`` seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
     def last_log_lines(self, n: int = 10) -> str:
+        if self.log_path is None:
+            return ""
         try:
             with self.log_path.open("rb") as log:
                 log.seek(max(0, self.log_path.stat().st_size - 64 * 1024))

@@ -17,43 +17,43 @@ from torch.distributed.tensor import DTensor, Shard
 from areal.models.checkpoint_names import CheckpointNames
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
-from areal.weight_sync.stream import BucketPlan, TensorSpec, plan_buckets
+from areal.weight_sync.stream import BucketPlan, plan_buckets
 
 
 class WeightGatherer:
     """The parameters of one rank. Tied ones count once; all ranks make the same calls in the same order."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int) -> None:
-        """``dtype``: what the weights are cast to on their way."""
+    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int, names: CheckpointNames | None = None) -> None:
+        """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here."""
         self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
-        self._of_parameters: dict[BucketPlan, BucketPlan] = {}
-        """Buckets that are described as tensors of a checkpoint: the same as parameters."""
+        self._names = names if names is not None and not names.is_identity else None
+        self._in_memory: dict[BucketPlan, BucketPlan] = {}
+        """From a bucket as the wire describes it to the same bytes as parameters, where these differ."""
         for name, parameter in self._parameters.items():
             if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
                 raise ValueError(
                     f"parameter '{name}' is sharded as {parameter.placements}; weights are gathered from shards of dimension 0"
                 )
 
-    def bucket_plan(self, bucket_bytes: int, names: CheckpointNames | None = None) -> list[BucketPlan]:
-        """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps.
+    def bucket_plan(self, bucket_bytes: int) -> list[BucketPlan]:
+        """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps."""
+        if self._names is None:
+            return self._plan(bucket_bytes)
+        planned = {self._names.on_the_wire(bucket): bucket for bucket in self._plan(bucket_bytes)}
+        self._in_memory |= planned
+        return list(planned)
 
-        With ``names`` the buckets are described as tensors of the model's checkpoint; their bytes are the same.
-        """
+    def _plan(self, bucket_bytes: int) -> list[BucketPlan]:
         described = [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
         itemsize = self._dtype.itemsize
-        plans = plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
-        if names is None or names.is_identity:
-            return plans
-        on_the_wire = [names.on_the_wire(plan) for plan in plans]
-        self._of_parameters |= zip(on_the_wire, plans, strict=True)
-        return on_the_wire
+        return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
 
     def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
-        bucket = self._of_parameters.get(bucket, bucket)
+        bucket = self._in_memory.get(bucket, bucket)
         with torch.no_grad():
             if self._rank != 0:
                 self._send(bucket)
@@ -66,14 +66,34 @@ class WeightGatherer:
                 dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._world_size) for rows in self._pieces(bucket, out, rank)
             ]
             works = dist.batch_isend_irecv(receiving) if receiving else []
-            sources = [local for spec in bucket.tensors if (local := self._local(spec)).numel()]
+            sources = [local for spec in bucket.tensors if (local := self._piece(spec.name)).numel()]
             for target, source in zip(self._pieces(bucket, out, 0), sources, strict=True):
                 target.copy_(source)
             for work in works:
                 work.wait()
 
-    def _local(self, spec: TensorSpec) -> Tensor:
-        parameter = self._parameters[spec.name].detach()
+    def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
+
+        A rank that has everything hands out its own parameters, not cast, in one part. Otherwise a part is a bucket, in memory that the
+        next part uses again.
+        """
+        if self._world_size == 1:
+            yield {name: self._piece(name) for name in self._parameters}
+            return
+        buckets = self._plan(bucket_bytes)
+        memory = None
+        if self._rank == 0:
+            device = self._piece(next(iter(self._parameters))).device
+            memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
+        for bucket in buckets:
+            out = None if memory is None else memory[: bucket.nbytes]
+            self.gather(bucket, out)
+            yield {} if out is None else {spec.name: spec.view(out) for spec in bucket.tensors}
+
+    def _piece(self, name: str) -> Tensor:
+        """This rank's piece of a parameter; on one rank all of it."""
+        parameter = self._parameters[name].detach()
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
@@ -88,16 +108,16 @@ class WeightGatherer:
         """All of a bucket, when this rank has everything."""
         aligned: dict[str, Tensor] = {}
         for spec in bucket.tensors:
-            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._local(spec).is_contiguous():
+            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._piece(spec.name).is_contiguous():
                 break
-            aligned[spec.name] = self._local(spec)
+            aligned[spec.name] = self._piece(spec.name)
         flatten_weights(aligned, out, self._dtype)
         for spec in bucket.tensors[len(aligned) :]:
-            spec.view(out).copy_(self._local(spec))
+            spec.view(out).copy_(self._piece(spec.name))
 
     def _send(self, bucket: BucketPlan) -> None:
         """This rank's pieces, cast together; those that need no cast go out from where they are."""
-        pieces = {spec.name: local for spec in bucket.tensors if (local := self._local(spec).contiguous()).numel()}
+        pieces = {spec.name: local for spec in bucket.tensors if (local := self._piece(spec.name).contiguous()).numel()}
         if not pieces:
             return
         if any(piece.dtype != self._dtype for piece in pieces.values()):

@@ -38,7 +38,6 @@ class Rank:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from areal.models.checkpoint_names import CheckpointNames
         from areal.trainer.checkpoint import CheckpointWriter
         from areal.trainer.engine import TrainEngine
 
@@ -63,9 +62,9 @@ class Rank:
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
-        # SGLang loads checkpoints; the embedded engine knows the parameters by the names that they have here.
-        names = CheckpointNames(self._engine.template) if config.layout.engine == "sglang" else None
-        self._buckets = self._engine.bucket_plan(config.weight_sync.bucket_mb << 20, names)
+        if config.layout.engine == "sglang" or config.transport == "disk":
+            self._engine.use_checkpoint_names()  # the embedded engine's parameters have the trainer's own names
+        self._buckets = self._engine.gatherer.bucket_plan(config.weight_sync.bucket_mb << 20)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
@@ -94,9 +93,13 @@ class Rank:
         self._engine.set_optimizer(config)
 
     def rpc_publish(self, version: int) -> int | None:
-        weights = self._engine.weights()
+        parts = self._engine.gatherer.parts(self._config.weight_sync.bucket_mb << 20)
         self._engine.version = version
-        return None if weights is None else self._publisher.publish(weights, version)
+        if self._is_first:
+            return self._publisher.publish(parts, version)
+        for _ in parts:
+            pass
+        return None
 
     def rpc_send_weights(self, version: int, targets: list[Target], want_hash: bool) -> SendResult | None:
         from areal.weight_sync.stream import stream_weights
@@ -105,7 +108,7 @@ class Rank:
         if self._is_first and self._sender is None:
             self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
         self._engine.version = version
-        return stream_weights(self._engine.gather, self._buckets, self._sender, version, targets, want_hash)
+        return stream_weights(self._engine.gatherer.gather, self._buckets, self._sender, version, targets, want_hash)
 
     def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]
@@ -113,12 +116,12 @@ class Rank:
     def rpc_tensor_hashes(self) -> dict[str, int]:
         from areal.weight_sync.stream import hash_tensors
 
-        return hash_tensors(self._engine.gather, self._buckets, self._engine.device if self._is_first else None)
+        return hash_tensors(self._engine.gatherer.gather, self._buckets, self._engine.device if self._is_first else None)
 
     def rpc_sample_tensors(self, turn: int) -> dict[str, Any]:
         from areal.weight_sync.samples import sample_tensors
 
-        return sample_tensors(self._engine.gather, self._buckets, turn, self._engine.device if self._is_first else None)
+        return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()

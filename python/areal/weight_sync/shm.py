@@ -23,7 +23,7 @@ import struct
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -225,29 +225,41 @@ class ShmPublisher:
         self._version = 0
         self._finalizer = weakref.finalize(self, _remove_own, path, descriptor, os.getpid())
 
-    def publish(self, tensors: Mapping[str, Tensor], version: int) -> int:
+    def publish(self, tensors: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]], version: int) -> int:
         """Makes ``tensors`` (cast to the manifest's dtypes) the newest weights and returns their hash. Never waits for readers.
 
-        ``ValueError`` if names or shapes are not the manifest's, or ``version`` is lower than the last one; nothing is published then.
+        They may come in parts, each of which is copied before the next one is asked for. ``ValueError`` if names or shapes are not the
+        manifest's, or ``version`` is lower than the last one; nothing is published then.
         """
+        parts = [tensors] if isinstance(tensors, Mapping) else tensors
         if not self._finalizer.alive:
             raise ValueError(f"publisher '{self.name}' is closed")
         if version < self._version:
             raise ValueError(f"publisher '{self.name}' has published version {self._version}; {version} would go back")
-        _check_tensors(f"publisher '{self.name}'", self._entries, tensors, same_dtype=False)
         index = 1 if self._words[_NEWEST] == 1 else 0
         slot, buffer = _SLOTS[index], self._buffers[index]
         writing = (self._words[slot] + 1) | 1
         self._words[slot] = writing
-        with torch.no_grad():
-            copies = (HashedCopy(e.key, tensors[e.name].detach(), e.view(buffer)) for e in self._entries)
-            digest = copy_and_hash(copies)
+        digest = self._copy_parts(parts, buffer)
         self._words[slot + 1], self._words[slot + 2] = version, digest
         self._words[slot + 3] = _check(writing + 1, version, digest)
         self._words[slot] = writing + 1
         self._words[_NEWEST] = index + 1
         self._version = version
         return digest
+
+    def _copy_parts(self, parts: Iterable[Mapping[str, Tensor]], buffer: Tensor) -> int:
+        """The hash of what is in ``buffer`` now; it is a sum, so that of all parts is the sum of theirs."""
+        entries = {entry.name: entry for entry in self._entries}
+        digest = 0
+        for tensors in parts:
+            here = [entries.pop(name) for name in tensors if name in entries]
+            _check_tensors(f"publisher '{self.name}'", here, tensors, same_dtype=False)
+            with torch.no_grad():
+                digest += copy_and_hash(HashedCopy(e.key, tensors[e.name].detach(), e.view(buffer)) for e in here)
+        if entries:
+            _check_tensors(f"publisher '{self.name}'", list(entries.values()), {}, same_dtype=False)
+        return digest & (2**64 - 1)
 
     def close(self) -> None:
         """Removes the segment's name; readers that have it open can go on reading. May be called twice."""

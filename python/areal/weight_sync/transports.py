@@ -29,7 +29,7 @@ def make_sender(config: GRPOConfig, model_folder: Path, run_folder: Path, device
         case "disk":
             from areal.weight_sync.disk import DiskSender
 
-            return DiskSender(weights_folder(config, run_folder), model_folder, device=device)
+            return DiskSender(weights_folder(config, run_folder), model_folder, device=device, timeout=sync.timeout)
         case "tensor":
             from areal.weight_sync.tensor import TensorSender
 

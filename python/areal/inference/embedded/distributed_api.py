@@ -62,15 +62,13 @@ class DistributedAPI:
             ]
         except (KeyError, TypeError, ValueError, AttributeError):
             return failure("give names, dtypes and shapes, one of each a tensor")
-        whole = body.get("load_format") == "flattened_bucket"
-        buckets = plan_buckets(described, 1 << 62 if whole else 0)
+        if any(dtype.itemsize != described[0][2].itemsize for _, _, dtype in described):
+            return failure("send tensors of one dtype at a time")  # so that each can be looked at where it arrives
+        buckets = plan_buckets(described, 1 << 62)
+        is_flat = body.get("load_format") == "flattened_bucket"
 
         def fetch() -> dict[str, Tensor]:
-            tensors: dict[str, Tensor] = {}
-            for bucket in buckets:
-                data = self._receiver.receive(name, bucket, _TIMEOUT)
-                tensors |= {spec.name: spec.view(data) if whole else spec.view(data).clone() for spec in bucket.tensors}
-            return tensors
+            return self._receiver.receive(name, buckets[0], is_flat, _TIMEOUT) if buckets else {}
 
         return await self._loader.update_in_parts(fetch, body)
 
