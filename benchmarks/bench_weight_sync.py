@@ -86,8 +86,8 @@ class BareBroadcast:
 
     def __call__(self) -> None:
         for piece in self._pieces:
-            assert self._group.broadcast(piece, 60.0).wait(60.0)
-        assert self._group.broadcast(torch.zeros(1), 60.0).wait(60.0)  # when it is answered the other one has all
+            assert self._group.broadcast([piece], 60.0).wait(60.0)
+        assert self._group.broadcast([torch.zeros(1)], 60.0).wait(60.0)  # when it is answered the other one has all
 
     def close(self) -> None:
         self._process.kill()
@@ -100,7 +100,7 @@ def receive_bare(port: int, nbytes: int, piece: int) -> None:
     flag = torch.zeros(1)
     while True:
         for data in [*pieces, flag]:
-            group.broadcast(data, 3600.0).wait(3600.0)
+            group.broadcast([data], 3600.0).wait(3600.0)
 
 
 class TwoCopies:
@@ -307,9 +307,10 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str],
                 variants[name] = bare = BareBroadcast(trainer.nbytes, piece)
                 stack.callback(bare.close)
             for kind, url in urls.items():
-                variants[f"broadcast to {kind}"] = sender = Streaming(trainer, url, BroadcastSender("cpu", timeout=300.0))
-                limits[f"broadcast to {kind}"] = "bare gloo broadcast"
-                stack.callback(sender.close)
+                for name, is_flat in ((f"broadcast to {kind}", True), (f"broadcast to {kind}, tensor by tensor", False)):
+                    variants[name] = sender = Streaming(trainer, url, BroadcastSender("cpu", timeout=300.0, is_flat=is_flat))
+                    limits[name] = "bare gloo broadcast"
+                    stack.callback(sender.close)
         if {"shm", "tensor"} & set(arguments.transports):
             variants["two copies"] = TwoCopies(trainer)
         if "tensor" in arguments.transports:

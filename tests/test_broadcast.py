@@ -1,68 +1,177 @@
-"""Weights by broadcast from trainer ranks to embedded servers, all of them real processes."""
+"""Weights by broadcast to rollout servers, embedded ones and SGLang's, all of them real processes; and when one fails."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.request
+import contextlib
+import threading
+import time
 from pathlib import Path
 
 import pytest
-import torch
-from rollout_servers import Server, make_model
+from rollout_servers import make_model
 from trainer_setup import make_batch, make_config
+from weight_servers import Weights, call, freeze, start_server
 
-from areal.models.loading import load_model
-from areal.ops.weights_hash import weights_hash
 from areal.trainer.worker import TrainerHandle
+from areal.weight_sync.broadcast import BroadcastSender
+from areal.weight_sync.calls import CallFailed, post
 from areal.weight_sync.stream import Target
 
-pytestmark = pytest.mark.timeout(240)
-
-
-def engine_stats(url: str) -> dict:
-    with urllib.request.urlopen(f"{url}/engine_stats", timeout=10) as answer:
-        return json.load(answer)
-
-
-def saved_hash(folder: Path) -> int:
-    return weights_hash(dict(load_model(folder, dtype=torch.float32).named_parameters()))
+pytestmark = pytest.mark.timeout(300)
+BOTH_KINDS = pytest.mark.parametrize("kind", ["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+SMALL_BUCKETS = 8192
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_model(folder)
     return folder
 
 
-def broadcast_config(model: Path, folder: Path, n_ranks: int):
-    return make_config(model, folder, backend=f"fsdp:d{n_ranks}").new(weight_sync={"transport": "broadcast", "bucket_mb": 1})
+@pytest.fixture
+def servers(model: Path, tmp_path: Path):
+    """Starts servers of a kind, and ends them."""
+    started = []
+
+    def start(*kinds: str) -> list:
+        new = [start_server(kind, model, tmp_path / f"server{len(started) + i}.log") for i, kind in enumerate(kinds)]
+        started.extend(new)
+        return [server.wait() for server in new]
+
+    yield start
+    for server in started:
+        server.process.kill()
+
+
+@contextlib.contextmanager
+def broadcast_sender(timeout: float = 60.0):
+    sender = BroadcastSender("cpu", timeout=timeout)
+    try:
+        yield sender
+    finally:
+        sender.close()
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_two_servers_have_the_trainers_weights(model: Path, tmp_path: Path, n_ranks: int) -> None:
-    servers = [Server(model, tmp_path / f"{i}.log", f"rollout {i}") for i in range(2)]
+def test_two_servers_get_what_the_ranks_have(model: Path, tmp_path: Path, servers, n_ranks: int) -> None:
+    config = make_config(model, tmp_path, backend=f"fsdp:d{n_ranks}").new(weight_sync={"transport": "broadcast", "bucket_mb": 1})
+    urls = [server.url for server in servers("embedded", "embedded")]
 
     async def scenario() -> None:
-        trainer = await TrainerHandle.start(broadcast_config(model, tmp_path, n_ranks), model, tmp_path)
+        trainer = await TrainerHandle.start(config, model, tmp_path)
         try:
-            urls = [server.wait().url for server in servers]
             for version in (1, 2):
                 await trainer.train_step(make_batch(world_size=n_ranks, seed=version))
                 result = await trainer.send_weights(version, [Target(url) for url in urls], want_hash=True)
                 assert [o.error for o in result.outcomes] == [None, None]
                 assert result.hash is not None
                 for url in urls:
-                    stats = engine_stats(url)
+                    stats = call(url, "/engine_stats")
                     assert (stats["version"], stats["hash"]) == (version, f"{result.hash:016x}")
             await trainer.save(tmp_path / "saved")
-            assert saved_hash(tmp_path / "saved") == result.hash != saved_hash(model)
         finally:
             await trainer.close()
 
-    try:
-        asyncio.run(scenario())
-    finally:
-        for server in servers:
-            server.process.terminate()
+    asyncio.run(scenario())
+    saved = Weights(tmp_path / "saved", SMALL_BUCKETS)
+    for url in urls:
+        saved.assert_held_by(url, 2)
+
+
+@BOTH_KINDS
+def test_a_server_generates_with_the_new_weights(model: Path, servers, kind: str) -> None:
+    (server,) = servers(kind)
+    weights = Weights(model, SMALL_BUCKETS)
+    assert len(weights.buckets) > 4
+    with broadcast_sender() as sender:
+        for version in (1, 2):
+            weights.change(seed=version)
+            assert weights.send(sender, version, [server.url]).outcomes[0].error is None
+            weights.assert_held_by(server.url, version)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_server_that_fails_takes_nobody_with_it(model: Path, servers, kind: str, how: str) -> None:
+    victim, survivor = servers(kind, "embedded")
+    weights = Weights(model, SMALL_BUCKETS)
+    timeout = 60.0 if how == "killed" else 5.0
+    with broadcast_sender(timeout) as sender:
+        assert [o.error for o in weights.send(sender, 1, [victim.url, survivor.url]).outcomes] == [None, None]
+
+        def fail(bucket) -> None:
+            if bucket.index == 2:
+                freeze(victim)  # so that what comes next is in the middle of a bucket
+                if how == "killed":
+                    threading.Timer(1.0, victim.process.kill).start()
+
+        weights.before = fail
+        weights.change(seed=2)
+        start = time.monotonic()
+        dead, alive = weights.send(sender, 2, [victim.url, survivor.url]).outcomes
+        seconds = time.monotonic() - start
+        assert dead.error is not None and dead.error.startswith(f"{victim.url} did not get weights 2 at bucket ")
+        assert f" of {len(weights.buckets)} (from parameter 'model." in dead.error
+        if how == "stopped":
+            assert "weight_sync.timeout" in dead.error
+            assert 4.0 < seconds < 25.0
+        else:
+            assert "broke" in dead.error
+            assert seconds < 20.0  # not the timeout
+        assert alive.error is None
+        weights.assert_held_by(survivor.url, 2)
+
+        weights.before = lambda bucket: None
+        victim.process.kill()
+        (replacement,) = servers(kind)
+        weights.change(seed=3)
+        sender.timeout = 60.0
+        outcomes = weights.send(sender, 3, [survivor.url, replacement.url]).outcomes
+        assert [o.error for o in outcomes] == [None, None]
+        for url in (survivor.url, replacement.url):
+            weights.assert_held_by(url, 3)
+
+
+def test_what_a_server_refuses_is_told_in_its_words(model: Path, servers) -> None:
+    victim, survivor = servers("embedded", "embedded")
+    weights = Weights(model, SMALL_BUCKETS)
+    with broadcast_sender() as sender:
+        assert weights.send(sender, 1, [victim.url, survivor.url]).outcomes[0].error is None
+        start = time.monotonic()
+        (outcome,) = weights.send(sender, 2, ["http://127.0.0.1:9"]).outcomes
+        assert outcome.error is not None
+        assert "127.0.0.1:9 did not get weights 2 while it was being connected: the connection broke" in outcome.error
+        assert time.monotonic() - start < 10
+
+
+def test_an_update_waits_for_requests_that_run(model: Path, servers) -> None:
+    (server,) = servers("embedded")
+    weights = Weights(model, SMALL_BUCKETS)
+    old = weights.greedy(400)
+    with broadcast_sender() as sender:
+        weights.send(sender, 1, [server.url])
+        params = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+        body = {"input_ids": [5, 6, 7, 8, 9, 10], "return_logprob": True, "sampling_params": params}
+        answers: list[dict] = []
+        asking = threading.Thread(target=lambda: answers.append(call(server.url, "/generate", body)))
+        asking.start()
+        while not call(server.url, "/engine_stats")["running"]:
+            assert asking.is_alive()
+        weights.change(seed=5)
+        assert weights.send(sender, 2, [server.url]).outcomes[0].error is None
+        asking.join(60)
+        assert [row[1] for row in answers[0]["meta_info"]["output_token_logprobs"]] == old[0]
+        assert set(answers[0]["meta_info"]["output_token_versions"]) == {1}
+        weights.assert_held_by(server.url, 2)
+
+
+def test_groups_end_with_the_servers_consent(model: Path, servers) -> None:
+    (server,) = servers("embedded")
+    with pytest.raises(CallFailed, match="the process group 'nobody' does not exist"):
+        post(server.url, "/destroy_weights_update_group", {"group_name": "nobody"}, 10)
+    with pytest.raises(CallFailed, match="was not joined"):
+        post(server.url, "/update_weights_from_distributed", {"group_name": "nobody", "names": []}, 10)
+    with pytest.raises(CallFailed, match="give master_address"):
+        post(server.url, "/init_weights_update_group", {}, 10)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from areal.models.checkpoint_names import CheckpointNames
+from areal.models.loading import create_model
 from areal.ops.weights_hash import weights_hash
 from areal.trainer.gather import WeightGatherer
 from areal.weight_sync.shm import ShmPublisher
@@ -23,6 +26,10 @@ pytestmark = pytest.mark.timeout(240)
 
 SHAPES = [(1, 5), (2, 3), (3, 32), (4, 16), (7,), (1,), (96, 33), (65, 64), (2,), (31, 2, 4)]
 BIG = 16 << 20
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 class Weights(nn.Module):
@@ -53,7 +60,7 @@ class KeepingSender:
         self.order.append(bucket.index)
         self.tensors |= {spec.name: spec.view(data).clone() for spec in bucket.tensors}
 
-    def finish(self):
+    def finish(self, digest=None):
         return [Outcome("here")]
 
     def close(self):
@@ -186,3 +193,18 @@ def test_shared_memory_takes_weights_in_parts(tmp_path: Path) -> None:
         assert publisher.publish(parts, 3) == weights_hash(expected(SHAPES, torch.bfloat16))
     finally:
         publisher.close()
+
+
+def test_experts_go_out_by_the_names_of_their_checkpoint(tmp_path: Path) -> None:
+    model = create_model(MIXTRAL, seed=0)
+    names = CheckpointNames(model)
+    assert not names.is_identity
+    gatherer = WeightGatherer(model, torch.bfloat16, 0, 1, names)
+    sender = KeepingSender()
+    result = stream_weights(gatherer.gather, gatherer.bucket_plan(20_000), sender, 1, want_hash=True)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(".experts.1." in name for name in saved)
+    assert sender.tensors.keys() == saved.keys()
+    assert all(torch.equal(sender.tensors[name], tensor) for name, tensor in saved.items())
+    assert result is not None and result.hash == weights_hash(saved)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, OptimizerConfig
+from areal.models.checkpoint_names import CheckpointNames
 from areal.models.heads import PPOInputs
 from areal.models.loading import decoder_layers, load_model, meta_template
 from areal.models.prefix import SharedTokens, find_shared_prompts
@@ -95,10 +96,7 @@ class TrainEngine:
         if self._sharded:
             shard_model(self.model, init_device_mesh(self.device.type, (world_size,)), self._dtype)
         self.model.to(self.device)
-        self._gatherer = WeightGatherer(self.model, self._dtype, rank, world_size)
-        self.bucket_plan = self._gatherer.bucket_plan
-        self.gather = self._gatherer.gather
-        self.weight_parts = self._gatherer.parts
+        self.gatherer = WeightGatherer(self.model, self._dtype, rank, world_size)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -250,6 +248,11 @@ class TrainEngine:
     def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every tensor of ``weights``."""
         return [(name, tuple(p.shape), self._dtype) for name, p in self.model.named_parameters()]
+
+    def use_checkpoint_names(self) -> None:
+        """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
+        names = CheckpointNames(self.template)
+        self.gatherer = WeightGatherer(self.model, self._dtype, self.rank, self.world_size, names)
 
     def weights(self) -> dict[str, Tensor] | None:
         """All parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.

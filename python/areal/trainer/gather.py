@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from areal.models.checkpoint_names import CheckpointNames
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
 from areal.weight_sync.stream import BucketPlan, plan_buckets
@@ -22,12 +23,15 @@ from areal.weight_sync.stream import BucketPlan, plan_buckets
 class WeightGatherer:
     """The parameters of one rank. Tied ones count once; all ranks make the same calls in the same order."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int) -> None:
-        """``dtype``: what the weights are cast to on their way."""
+    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int, names: CheckpointNames | None = None) -> None:
+        """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here."""
         self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
+        self._names = names if names is not None and not names.is_identity else None
+        self._in_memory: dict[BucketPlan, BucketPlan] = {}
+        """From a bucket as the wire describes it to the same bytes as parameters, where these differ."""
         for name, parameter in self._parameters.items():
             if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
                 raise ValueError(
@@ -36,12 +40,20 @@ class WeightGatherer:
 
     def bucket_plan(self, bucket_bytes: int) -> list[BucketPlan]:
         """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps."""
+        if self._names is None:
+            return self._plan(bucket_bytes)
+        planned = {self._names.on_the_wire(bucket): bucket for bucket in self._plan(bucket_bytes)}
+        self._in_memory |= planned
+        return list(planned)
+
+    def _plan(self, bucket_bytes: int) -> list[BucketPlan]:
         described = [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
         itemsize = self._dtype.itemsize
         return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
 
     def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
+        bucket = self._in_memory.get(bucket, bucket)
         with torch.no_grad():
             if self._rank != 0:
                 self._send(bucket)
@@ -61,7 +73,7 @@ class WeightGatherer:
                 work.wait()
 
     def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """All weights by name, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
+        """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
 
         A rank that has everything hands out its own parameters, not cast, in one part. Otherwise a part is a bucket, in memory that the
         next part uses again.
@@ -69,7 +81,7 @@ class WeightGatherer:
         if self._world_size == 1:
             yield {name: self._piece(name) for name in self._parameters}
             return
-        buckets = self.bucket_plan(bucket_bytes)
+        buckets = self._plan(bucket_bytes)
         memory = None
         if self._rank == 0:
             device = self._piece(next(iter(self._parameters))).device

@@ -62,7 +62,9 @@ class Rank:
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
-        self._buckets = self._engine.bucket_plan(config.weight_sync.bucket_mb << 20)
+        if config.layout.engine == "sglang" or config.transport == "disk":
+            self._engine.use_checkpoint_names()  # the embedded engine's parameters have the trainer's own names
+        self._buckets = self._engine.gatherer.bucket_plan(config.weight_sync.bucket_mb << 20)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
@@ -91,7 +93,7 @@ class Rank:
         self._engine.set_optimizer(config)
 
     def rpc_publish(self, version: int) -> int | None:
-        parts = self._engine.weight_parts(self._config.weight_sync.bucket_mb << 20)
+        parts = self._engine.gatherer.parts(self._config.weight_sync.bucket_mb << 20)
         self._engine.version = version
         if self._is_first:
             return self._publisher.publish(parts, version)
@@ -106,7 +108,7 @@ class Rank:
         if self._is_first and self._sender is None:
             self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
         self._engine.version = version
-        return stream_weights(self._engine.gather, self._buckets, self._sender, version, targets, want_hash)
+        return stream_weights(self._engine.gatherer.gather, self._buckets, self._sender, version, targets, want_hash)
 
     def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]
@@ -114,7 +116,12 @@ class Rank:
     def rpc_tensor_hashes(self) -> dict[str, int]:
         from areal.weight_sync.stream import hash_tensors
 
-        return hash_tensors(self._engine.gather, self._buckets, self._engine.device if self._is_first else None)
+        return hash_tensors(self._engine.gatherer.gather, self._buckets, self._engine.device if self._is_first else None)
+
+    def rpc_sample_tensors(self, turn: int) -> dict[str, Any]:
+        from areal.weight_sync.samples import sample_tensors
+
+        return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()

@@ -157,17 +157,17 @@ class _Peer:
             return self._queue.popleft()
 
     def _send(self, bucket: BucketPlan, data: Tensor, is_proven: bool) -> None:
-        transfer = self._start(data)
+        transfer = self._start(bucket, data)
         if not is_proven:
             # SGLang dies of a call that names a group it does not know, as after a restart at the same address.
             try:
                 transfer.wait(_PROBE_SECONDS)
             except RuntimeError:
                 self._connection = self._sender.connect(self.target, self.seconds_left())
-                transfer = self._start(data)
+                transfer = self._start(bucket, data)
         assert self._connection is not None
         body = self._sender.call_for(bucket) | {"group_name": self._connection.name}
-        url, seconds = self.target.url, self.seconds_left()
+        url, seconds = self.target.url, self.seconds_left() + _GRACE_SECONDS
         call = Task(f"bucket {bucket.index}", lambda: post(url, "/update_weights_from_distributed", body, seconds))
         self._answers.append((bucket, call))
         try:
@@ -180,9 +180,10 @@ class _Peer:
             self._check_answers(_WORDS_SECONDS)
             raise _Failed(f"the transfer broke ({_first_sentence(error)})") from error
 
-    def _start(self, data: Tensor) -> Transfer:
+    def _start(self, bucket: BucketPlan, data: Tensor) -> Transfer:
         assert self._connection is not None
-        return self._connection.group.broadcast(data, self.seconds_left())
+        tensors = [data] if self._sender.is_flat else [spec.view(data) for spec in bucket.tensors]
+        return self._connection.group.broadcast(tensors, self.seconds_left() + _GRACE_SECONDS)
 
     def _check_answers(self, timeout: float) -> None:
         """Forgets the calls that were answered; ``CallFailed`` for one that was not answered well."""
@@ -220,13 +221,14 @@ class BroadcastSender:
     ``flush_cache`` must be false where requests wait inside of a server (``rollout.update_mode: retract``): SGLang dies of it.
     """
 
-    def __init__(self, device: torch.device | str, *, timeout: float, flush_cache: bool = True) -> None:
+    def __init__(self, device: torch.device | str, *, timeout: float, flush_cache: bool = True, is_flat: bool = True) -> None:
         self.timeout = timeout
         self.version = 0
         self.buckets: Sequence[BucketPlan] = ()
         self.changed = threading.Condition()
         """Guards everything that threads share, and is notified when it changes."""
         self.is_closed = False
+        self.is_flat = is_flat
         self._device = torch.device(device)
         self._flush_cache = flush_cache
         self._memory: list[Tensor] = []
@@ -305,7 +307,7 @@ class BroadcastSender:
             "names": [spec.name for spec in bucket.tensors],
             "dtypes": [str(spec.dtype).removeprefix("torch.") for spec in bucket.tensors],
             "shapes": [list(spec.shape) for spec in bucket.tensors],
-            "load_format": "flattened_bucket",
+            "load_format": "flattened_bucket" if self.is_flat else None,
             "flush_cache": is_last and self._flush_cache,
             "abort_all_requests": False,
         }
@@ -313,33 +315,42 @@ class BroadcastSender:
 
 
 class BroadcastReceiver:
-    """A server's end: the groups it has joined, and one bucket's memory. Methods block; call them in a thread, one at a time."""
+    """A server's end: the groups it has joined, and memory for two buckets. Methods block; call them in a thread, one at a time."""
+
+    N_BUCKETS = 2
+    """What one call of ``receive`` returned is overwritten by the one after the next."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._groups: dict[str, UpdateGroup] = {}
-        self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._memory = deque(torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(self.N_BUCKETS))
 
     def join(self, name: str, address: str, port: int, rank: int, world_size: int, timeout: float) -> None:
         """Meets the others at the sender's store. ``RuntimeError`` if they do not come within ``timeout`` seconds."""
         store = connect_store(address, port, timeout)
         self._groups[name] = UpdateGroup(store, name, rank, world_size, self._device, local_address(address, port), timeout)
 
-    def receive(self, name: str, bucket: BucketPlan, timeout: float) -> Tensor:
-        """The bucket's bytes, in memory that the next call uses again. ``RuntimeError`` if the sender is gone; the group ends then."""
-        if len(self._memory) < bucket.nbytes:
-            self._memory = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
-        data = self._memory[: bucket.nbytes]
+    def receive(self, name: str, bucket: BucketPlan, is_flat: bool, timeout: float) -> dict[str, Tensor]:
+        """The bucket's tensors. ``RuntimeError`` if the sender is gone; the group ends then.
+
+        ``is_flat``: they come as one piece, not one by one.
+        """
+        self._memory.rotate()
+        if len(self._memory[0]) < bucket.nbytes:
+            self._memory[0] = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        data = self._memory[0][: bucket.nbytes]
+        tensors = {spec.name: spec.view(data) for spec in bucket.tensors}
         try:
-            if not self._groups[name].broadcast(data, timeout).wait(timeout):
+            if not self._groups[name].broadcast([data] if is_flat else tensors.values(), timeout).wait(timeout):
                 raise RuntimeError(f"the sender did not send within {timeout:.1f} s")
         except RuntimeError:
             self.leave(name)
             raise
-        return data
+        return tensors
 
     def has_joined(self, name: str) -> bool:
         return name in self._groups
 
     def leave(self, name: str) -> None:
-        self._groups.pop(name).abort()
+        if (group := self._groups.pop(name, None)) is not None:
+            group.abort()

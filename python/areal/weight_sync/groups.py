@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -67,12 +68,12 @@ class UpdateGroup:
             options._devices = [ProcessGroupGloo.create_device(hostname=address)]
             self._backend = ProcessGroupGloo(nested, rank, world_size, options)
 
-    def broadcast(self, data: Tensor, timeout: float) -> Transfer:
-        """Starts sending ``data`` (rank 0) or receiving into it."""
+    def broadcast(self, tensors: Iterable[Tensor], timeout: float) -> Transfer:
+        """Starts sending ``tensors`` (rank 0) or receiving into them, one after the other."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of this thread
         self._backend.set_timeout(timedelta(seconds=timeout))
-        return Transfer(self._backend.broadcast(data, 0), self._device.type == "cuda")
+        return Transfer([self._backend.broadcast(tensor, 0) for tensor in tensors], self._device.type == "cuda")
 
     def abort(self) -> None:
         """Ends transfers under way as far as the backend can; the group is of no use afterwards."""
@@ -80,27 +81,35 @@ class UpdateGroup:
 
 
 class Transfer:
-    """A broadcast under way."""
+    """Broadcasts under way."""
 
-    def __init__(self, work: Any, on_gpu: bool) -> None:
-        self._work = work
+    def __init__(self, works: list[Any], on_gpu: bool) -> None:
+        self._works = works[::-1]  # what has not ended yet, the first one last
         self._on_gpu = on_gpu
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within ``seconds``; may be called again if not. ``RuntimeError`` if it failed."""
+        """Whether all have ended within ``seconds``; may be called again if not. ``RuntimeError`` if one failed."""
+        deadline = time.monotonic() + seconds
+        while self._works:
+            if not self._has_ended(self._works[-1], max(deadline - time.monotonic(), _POLL_SECONDS)):
+                return False
+            self._works.pop()
+        return True
+
+    def _has_ended(self, work: Any, seconds: float) -> bool:
         if not self._on_gpu:
             try:
-                self._work.wait(timedelta(seconds=seconds))
+                work.wait(timedelta(seconds=seconds))
             except RuntimeError:
-                if not self._work.is_completed():
+                if not work.is_completed():
                     return False
-                self._work.wait()  # what was raised may be the time limit of a wait that the end came right after
+                work.wait()  # what was raised may be the time limit of a wait that the end came right after
             return True
         # NCCL's wait only makes the stream wait; the host must know, because it hands the memory on.
         deadline = time.monotonic() + seconds
-        while not self._work.is_completed():
+        while not work.is_completed():
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_SECONDS)
-        self._work.wait()
+        work.wait()
         return True
