@@ -181,6 +181,8 @@ class WeightsAPI:
         try:
             version, self.hash = await self._driver.call(update, is_long=True)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError):  # a disk that fails in the middle leaves a part of the new weights
+                self.hash = await self._driver.call(_hash_of, is_long=True)
             return failure(f"the weights were not updated: {error}")
         self.label = label or str(version)
         message = f"Weights updated to version {version}."
