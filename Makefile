@@ -24,17 +24,25 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do $$p -c '
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp kernels/*.cu kernels/*.cuh tests/cuda_on_host/*.h)
 
-.PHONY: demo test test-sglang sglang-env lint format build bench bench-gpu clean venv
+# A file of tests is one process's, and a test takes a core or two. JOBS=0 runs them one after the other, here.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+IN_PARALLEL = -n $(JOBS) --dist loadfile
+
+.PHONY: demo test test-sglang stress sglang-env lint format build bench bench-gpu clean venv
 
 demo: $(VENV)/.train
 	$(BIN)/areal train examples/arithmetic.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 # Without these tests' environment `make test` skips them and says so.
 test-sglang: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
-	$(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m sglang $(IN_PARALLEL) $(PYTEST_ARGS)
+
+# Rollout servers killed with -9 at the worst moments of a weight update, 20 times each; hours on a small machine.
+stress: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
+	AREAL_STRESS_REPEATS=20 $(BIN)/python -m pytest tests/test_server_kills.py $(PYTEST_ARGS)
 
 sglang-env: $(VENV)/.torch
 	PYTHONPATH=python TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m areal.inference.sglang_cpu_env $(SGLANG_VENV)

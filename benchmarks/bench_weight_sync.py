@@ -2,8 +2,8 @@
 
 The weights are those of a Qwen2-0.5B by their shapes (fewer layers with ``--layers``); the trainer's rank is this process, which holds
 float32 masters and casts them on the way. Every server is a real one, in a process of its own. The limits: for ``broadcast`` a bare gloo
-broadcast between two processes, into memory that is there already; for ``shm`` two copies in memory. Rounds take turns, and a figure is
-the median. SGLang runs where AREAL_SGLANG_PYTHON, or .venv-sglang, has it.
+broadcast between two processes, into memory that is there already; for ``shm`` and ``tensor`` two copies in memory; for ``disk`` one file
+that is written, synced and read again. Rounds take turns, and a figure is the median. SGLang runs where AREAL_SGLANG_PYTHON, or .venv-sglang, has it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from areal.inference.sglang import sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
 from areal.models.loading import create_model
 from areal.trainer.gather import WeightGatherer
+from areal.weight_sync.broadcast import BroadcastSender
+from areal.weight_sync.calls import post
+from areal.weight_sync.disk import DiskSender, remove_old
 from areal.weight_sync.groups import Rendezvous, UpdateGroup, connect_store
 from areal.weight_sync.shm import ShmPublisher, ShmReader
-from areal.weight_sync.stream import Target, stream_weights
+from areal.weight_sync.stream import Sender, Target, stream_weights
+from areal.weight_sync.tensor import TensorSender
 from benchmarks.measure import report, summary
 
 QWEN2_05B: dict[str, Any] = {
@@ -114,21 +118,60 @@ class TwoCopies:
             end.copy_(middle)
 
 
+class BareFile:
+    """A file of the same bytes: written, synced, and read into memory that is there already."""
+
+    def __init__(self, nbytes: int, folder: Path) -> None:
+        self._source = torch.ones(nbytes, dtype=torch.uint8).numpy().data
+        self._target = torch.zeros(nbytes, dtype=torch.uint8).numpy().data
+        self._path = folder / "bare"
+
+    def __call__(self) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        rest = self._source
+        while rest:
+            rest = rest[os.write(descriptor, rest[: 1 << 30]) :]
+        os.fsync(descriptor)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        rest = self._target
+        while rest:
+            rest = rest[os.readv(descriptor, [rest[: 1 << 30]]) :]
+        os.close(descriptor)
+
+
 # -- the transports --------------------------------------------------------------------------------------------------------------------
 
 
-class Broadcast:
-    def __init__(self, trainer: Trainer, url: str, is_flat: bool = True) -> None:
-        from areal.weight_sync.broadcast import BroadcastSender
+class Streaming:
+    """A transport whose sender has the server as its target."""
 
-        self._trainer, self._target = trainer, Target(url)
-        self._sender = BroadcastSender("cpu", timeout=300.0, is_flat=is_flat)
+    def __init__(self, trainer: Trainer, url: str, sender: Sender) -> None:
+        self._trainer, self._target, self._sender = trainer, Target(url), sender
         self._version = 0
 
     def __call__(self) -> None:
         self._version += 1
         result = stream_weights(self._trainer.gatherer.gather, self._trainer.buckets, self._sender, self._version, [self._target])
         assert result is not None and result.outcomes[0].error is None, result
+
+    def close(self) -> None:
+        self._sender.close()
+
+
+class Disk:
+    """Written and synced here, then read by the server, one after the other."""
+
+    def __init__(self, trainer: Trainer, url: str, model: Path, folder: Path) -> None:
+        self._trainer, self._url, self._folder = trainer, url, folder
+        self._sender = DiskSender(folder, model, timeout=300.0)
+        self._version = 0
+
+    def __call__(self) -> None:
+        self._version += 1
+        result = stream_weights(self._trainer.gatherer.gather, self._trainer.buckets, self._sender, self._version)
+        assert result is not None and result.outcomes[0].error is None, result
+        post(self._url, "/update_weights_from_disk", {"model_path": result.outcomes[0].url, "weight_version": str(self._version)}, 300.0)
+        remove_old(self._folder, self._version)
 
     def close(self) -> None:
         self._sender.close()
@@ -220,7 +263,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="on the wire and in the servers")
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[64])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--transports", nargs="+", default=["broadcast", "shm"])
+    parser.add_argument("--transports", nargs="+", default=["broadcast", "tensor", "disk", "shm"])
     parser.add_argument("--servers", nargs="+", default=["embedded", "sglang"])
     parser.add_argument("--receive", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -243,16 +286,16 @@ def run(arguments: argparse.Namespace) -> None:
         urls = {
             kind: stack.enter_context(server(kind, folder / "model", arguments.dtype, folder / f"{kind}.log"))
             for kind in arguments.servers
-            if "broadcast" in arguments.transports and (kind != "sglang" or sglang_python())
+            if set(arguments.transports) != {"shm"} and (kind != "sglang" or sglang_python())
         }
         rows = []
         for bucket_mb in arguments.bucket_mb:
             trainer.set_bucket(bucket_mb)
-            rows += _rows(arguments, trainer, urls)
+            rows += _rows(arguments, trainer, urls, folder)
     report("weight_sync", rows, layers=arguments.layers, vocab=arguments.vocab, rounds=arguments.rounds)
 
 
-def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str]) -> list[dict[str, Any]]:
+def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str], folder: Path) -> list[dict[str, Any]]:
     variants: dict[str, Callable[[], object]] = {}
     limits: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -262,11 +305,23 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str])
                 stack.callback(bare.close)
             for kind, url in urls.items():
                 for name, is_flat in ((f"broadcast to {kind}", False), (f"broadcast to {kind}, flat buckets", True)):
-                    variants[name] = sender = Broadcast(trainer, url, is_flat)
+                    variants[name] = sender = Streaming(trainer, url, BroadcastSender("cpu", timeout=300.0, is_flat=is_flat))
                     limits[name] = "bare gloo broadcast"
                     stack.callback(sender.close)
-        if "shm" in arguments.transports:
+        if {"shm", "tensor"} & set(arguments.transports):
             variants["two copies"] = TwoCopies(trainer)
+        if "tensor" in arguments.transports:
+            for kind, url in urls.items():
+                variants[f"tensor to {kind}"] = by_reference = Streaming(trainer, url, TensorSender("cpu", timeout=300.0))
+                limits[f"tensor to {kind}"] = "two copies"
+                stack.callback(by_reference.close)
+        if "disk" in arguments.transports:
+            variants["file written, synced and read"] = BareFile(trainer.nbytes, folder)
+            for kind, url in urls.items():
+                variants[f"disk to {kind}"] = disk = Disk(trainer, url, folder / "model", folder / kind)
+                limits[f"disk to {kind}"] = "file written, synced and read"
+                stack.callback(disk.close)
+        if "shm" in arguments.transports:
             variants["shm"] = shared = SharedMemory(trainer)
             limits["shm"] = "two copies"
             stack.callback(shared.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -92,10 +93,13 @@ def _build_cuda_on_host() -> Path | str:
     import pybind11
 
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", "-DSKBUILD_PROJECT_VERSION=0"]
-    for argv in configure, ["cmake", "--build", str(folder)]:
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        if done.returncode != 0:
-            return f"FAILED {argv}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests may run in several processes
+        for argv in configure, ["cmake", "--build", str(folder)]:
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+            if done.returncode != 0:
+                return f"FAILED {argv}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     (library,) = folder.glob("_C*.so")
     return library
 

@@ -9,7 +9,8 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+import statistics
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,15 @@ from areal.models.loading import forward_hidden, load_model
 from areal.models.packed import PackedContext
 from areal.packer import pack
 from areal.types import Minibatch, ModelRequest, ModelResponse, Trajectory
+from areal.weight_sync.stream import SendResult
 from tests.rollout_servers import make_model
 
 Moment = Literal["idle", "generating", "aborting", "mid_bucket", "before_resubmission"]
 MOMENTS: tuple[Moment, ...] = ("idle", "generating", "aborting", "mid_bucket", "before_resubmission")
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-"""Some 8 MB in float32, so that an update has several buckets of 1 MiB."""
+WIDE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Some 18 MB in float32, so that an update has many buckets of 1 MiB."""
 TOLERANCE = 1e-4
+_TRIES = 4
 
 
 def ordeal_config(folder: Path, backend: str, python: str = "", **weight_sync: Any) -> GRPOConfig:
@@ -64,6 +67,8 @@ class Ordeal:
         self._answers: list[ModelResponse] = []
         self._config = config
         self._watching: asyncio.Task[None] | None = None
+        self._n_broken = 0
+        """Servers that broke off in the middle of the buckets of the last update."""
 
     async def __aenter__(self) -> Ordeal:
         await self.cluster.open()
@@ -82,9 +87,17 @@ class Ordeal:
 
     # -- what happens ------------------------------------------------------------------------------------------------------------
 
-    async def kill_at(self, moment: Moment, n_requests: int = 24, seconds: float = 240) -> None:
+    async def kill_at(self, moment: Moment) -> None:
         """One update with a server killed at that moment, requests in flight (but for ``idle``); then all servers are there again."""
+        for _ in range(_TRIES):
+            if await self._kill_at(moment):
+                return
+        raise AssertionError(f"{_TRIES} kills came before the first or after the last bucket")
+
+    async def _kill_at(self, moment: Moment, n_requests: int = 24, seconds: float = 400) -> bool:
+        """Whether the kill came at that moment."""
         async with asyncio.timeout(seconds):
+            self._n_broken = 0
             n_servers = self._config.layout.n_servers
             await self._until(lambda: len(self.cluster.client.urls) == n_servers)
             requests = [self._request() for _ in range(0 if moment == "idle" else n_requests)]
@@ -101,15 +114,28 @@ class Ordeal:
             if moment == "idle":
                 requests = [self._request() for _ in range(4)]
                 asking = [asyncio.create_task(self.cluster.client.agenerate(request)) for request in requests]
-            answers = await asyncio.gather(*asking)
-            for request, answer in zip(requests, answers, strict=True):
-                assert answer.stop_reason == "length" and answer.input_tokens == request.input_ids
-                lengths = {len(answer.output_tokens), len(answer.output_versions), len(answer.output_logprobs)}
-                assert lengths == {request.gconfig.max_new_tokens}, "tokens were lost or came twice"
-            self._answers += answers
+            self._take(requests, await asyncio.gather(*asking))
             await self._until(lambda: len(self.cluster.client.urls) == n_servers)
             assert victim.url not in self.cluster.client.urls, "it was killed and must have been replaced"
             assert self.cluster.client.acked_version == self.version
+            return moment != "mid_bucket" or self._n_broken > 0
+
+    async def update_under_load(self, n_requests: int, n_updates: int) -> None:
+        """Updates follow one another while all the requests are generating; nobody is killed."""
+        requests = [self._request() for _ in range(n_requests)]
+        asking = [asyncio.create_task(self.cluster.client.agenerate(request)) for request in requests]
+        for _ in range(n_updates):
+            await asyncio.sleep(0.1)
+            await self._train_and_publish()
+        self._take(requests, await asyncio.gather(*asking))
+
+    def _take(self, requests: Sequence[ModelRequest], answers: Sequence[ModelResponse]) -> None:
+        """Exactly one answer a request, and nothing of it missing or double."""
+        for request, answer in zip(requests, answers, strict=True):
+            assert answer.stop_reason == "length" and answer.input_tokens == request.input_ids
+            lengths = {len(answer.output_tokens), len(answer.output_versions), len(answer.output_logprobs)}
+            assert lengths == {request.gconfig.max_new_tokens}, "tokens were lost or came twice"
+        self._answers += answers
 
     async def _train_and_publish(self) -> None:
         async with self.cluster.weights.changing_weights():
@@ -177,8 +203,15 @@ class Ordeal:
         elif moment == "before_resubmission":
             client.resume = before(client.resume, 0.0, victim.url)  # type: ignore[method-assign]
         else:
-            usual = self.cluster.weights.times[-1].transfer
-            trainer.send_weights = before(trainer.send_weights, usual * self._random.uniform(0.3, 0.7), None)  # type: ignore[method-assign]
+            usual = statistics.median(times.transfer for times in self.cluster.weights.times if times.transfer)
+            send = before(trainer.send_weights, usual * self._random.uniform(0.2, 0.7), None)
+
+            async def send_weights(*args: Any, **kwargs: Any) -> SendResult:
+                result = await send(*args, **kwargs)
+                self._n_broken += sum("at bucket" in (outcome.error or "") for outcome in result.outcomes)
+                return result
+
+            trainer.send_weights = send_weights  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -216,6 +249,11 @@ class Ordeal:
     def n_mixed(self) -> int:
         """Answers whose tokens come from more than one version."""
         return sum(len(set(answer.output_versions)) > 1 for answer in self._answers)
+
+    @property
+    def n_versions(self) -> int:
+        """Versions that sampled some token."""
+        return len({version for answer in self._answers for version in answer.output_versions})
 
 
 @torch.no_grad()

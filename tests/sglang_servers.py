@@ -9,6 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+import venv
 from pathlib import Path
 
 from areal.inference.sglang import Option, sglang_argv, sglang_env
@@ -49,3 +50,13 @@ class SGLangServer:
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.2)
         raise AssertionError(f"not ready after {timeout} s: {self.process.last_log_lines(40)}")
+
+
+def fake_sglang(environment: Path, version: str) -> Path:
+    """An environment that says it has SGLang; its interpreter."""
+    venv.create(environment, symlinks=True, with_pip=False)
+    (libraries,) = environment.glob("lib/python*/site-packages")
+    about = libraries / f"sglang-{version}.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    return environment / "bin" / "python"

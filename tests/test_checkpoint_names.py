@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,11 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
+from areal.config import ActorConfig, GRPOConfig
 from areal.models.checkpoint_names import CheckpointNames
 from areal.models.loading import create_model, load_model, meta_template
 from areal.models.selfcheck import UnsupportedModel
+from areal.ops import weights_hash
+from areal.trainer.engine import TrainEngine
+from areal.trainer.worker import TrainerHandle
 from areal.weight_sync.stream import plan_buckets
 from tests.test_models import ARCHITECTURES, SMALL, small_config
+from tests.trainer_setup import make_config
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MODELS = {name: small_config(name) for name in ARCHITECTURES} | {
@@ -61,6 +68,45 @@ def test_a_loaded_checkpoint_goes_out_as_it_came(name: str, tmp_path: Path) -> N
     assert not names.is_identity
     tensors, saved = sent(model, names, 10_000), load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == saved.keys() and all(torch.equal(tensors[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_a_trainer_gathers_its_buckets_by_these_names(name: str, tmp_path: Path) -> None:
+    create_model(MODELS[name], seed=1).save_pretrained(tmp_path)
+    engine = TrainEngine(tmp_path, ActorConfig(path=str(tmp_path)))
+    tensors: dict[str, Tensor] = {}
+    engine.use_checkpoint_names()
+    for bucket in engine.gatherer.bucket_plan(5000):
+        data = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        engine.gatherer.gather(bucket, data)
+        tensors |= {spec.name: spec.view(data) for spec in bucket.tensors}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == saved.keys() and all(torch.equal(tensors[key], saved[key]) for key in saved)
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_describe_hash_and_sample_what_servers_of_sglang_get(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    create_model(MODELS["qwen3_moe"], seed=1).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    tree = make_config(folder, tmp_path, backend="fsdp:d2").model_dump()
+    config = GRPOConfig.model_validate(tree | {"rollout": tree["rollout"] | {"backend": "sglang:d1"}})
+    saved = load_file(folder / "model.safetensors")
+
+    async def scenario() -> None:
+        trainer = await TrainerHandle.start(config, folder, tmp_path / "run")
+        try:
+            manifest = await trainer.manifest()
+            assert {name: tuple(shape) for name, shape, _ in manifest} == {name: tuple(t.shape) for name, t in saved.items()}
+            assert await trainer.tensor_hashes() == {name: weights_hash({name: tensor}) for name, tensor in saved.items()}
+            first, second = await trainer.sample_tensors(0), await trainer.sample_tensors(1)
+            assert first.keys() != second.keys()
+            for name, rows in (first | second).items():
+                assert np.array_equal(rows, saved[name][:2].numpy())
+        finally:
+            await trainer.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_checkpoint_that_is_not_made_of_ranges_is_refused_by_name() -> None:

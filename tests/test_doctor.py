@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from areal import doctor
 from areal.doctor import TRAIN_PACKAGES
+from tests.sglang_servers import fake_sglang
 
 
 def in_shell(prefix: str, check: str) -> dict[str, str]:
@@ -60,7 +62,22 @@ def test_untested_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda package: None)
     assert doctor.check_torch().text == "not installed"
     assert "pip install '.[train]'" in doctor.check_train_packages().hint
-    assert doctor.check_sglang().state == doctor.check_flash_attn().state == doctor.check_triton().state == "optional"
+    assert doctor.check_flash_attn().state == doctor.check_triton().state == "optional"
+
+
+def test_sglang_is_looked_for_where_a_run_would_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AREAL_SGLANG_PYTHON", raising=False)
+    if importlib.util.find_spec("sglang") is None:
+        finding = doctor.check_sglang()
+        assert finding.state == "optional" and "make sglang-env" in finding.hint
+    fake_sglang(tmp_path / ".venv-sglang", "0.5.14")
+    other = fake_sglang(tmp_path / "other", "0.7.0")
+    if importlib.util.find_spec("sglang") is None:
+        assert doctor.check_sglang().text == f"0.5.14 in {tmp_path}/.venv-sglang/bin/python"
+    monkeypatch.setenv("AREAL_SGLANG_PYTHON", str(other))
+    finding = doctor.check_sglang()
+    assert (finding.state, finding.text) == ("optional", f"0.7.0 in {other}") and "tested: 0.5.14" in finding.hint
 
 
 @pytest.mark.gpu

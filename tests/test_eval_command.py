@@ -99,7 +99,7 @@ def test_server_that_dies_is_a_sentence_at_once(
     from areal.evaluation import evaluate
 
     async def kill_first(client: Any, *args: Any, **kwargs: Any) -> Any:
-        for server in client._servers.values():
+        for server in client._router.live():
             os.kill(server.process.pid, signal.SIGKILL)
         return await evaluate(client, *args, **kwargs)
 

@@ -10,23 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from areal.weight_sync.shm import unlink_stale
 from tests.runs import TrainRun, assert_all_gone
 
 pytestmark = pytest.mark.timeout(180)
 LONG = "total_train_steps=100000"
 
 
-@pytest.fixture
-def shared_memory() -> Iterator[None]:
-    """Nothing of areal's may stay in shared memory after a run that could clean up."""
-    unlink_stale()
-    yield
-    assert not unlink_stale()  # segments of live publishers are other runs' on this machine
+def assert_no_shared_memory(run: TrainRun) -> None:
+    """A segment is named after the controller, which starts with its pid. Other tests have theirs on this machine."""
+    left = [path.name for path in Path("/dev/shm").glob(f"areal-{run.process.pid}-*")]
+    assert not left
 
 
 @pytest.mark.parametrize("n_servers", [1, 2])
-def test_killed_rollout_server_is_replaced_and_the_run_goes_on(tmp_path: Path, shared_memory: None, n_servers: int) -> None:
+def test_killed_rollout_server_is_replaced_and_the_run_goes_on(tmp_path: Path, n_servers: int) -> None:
     run = TrainRun(tmp_path, "total_train_steps=40", "rollout.max_head_offpolicyness=2", f"rollout.backend=embedded:d{n_servers}")
     run.wait_for_step(3)
     run.child("embedded.server").kill()
@@ -35,9 +32,10 @@ def test_killed_rollout_server_is_replaced_and_the_run_goes_on(tmp_path: Path, s
     assert summary["max_staleness_trained"] <= 2
     assert "died and is being replaced" in run.stderr
     assert summary["dropped"] == {}
+    assert_no_shared_memory(run)
 
 
-def test_rollout_server_that_may_not_be_replaced_ends_the_run_with_its_name(tmp_path: Path, shared_memory: None) -> None:
+def test_rollout_server_that_may_not_be_replaced_ends_the_run_with_its_name(tmp_path: Path) -> None:
     run = TrainRun(tmp_path, LONG, "rollout.max_restarts=0")
     run.wait_for_step(2)
     family = run.family()
@@ -45,6 +43,7 @@ def test_rollout_server_that_may_not_be_replaced_ends_the_run_with_its_name(tmp_
     assert run.finish(30) == 1
     assert "rollout 0" in run.stderr and "SIGKILL" in run.stderr
     assert_all_gone(family)
+    assert_no_shared_memory(run)
 
 
 @pytest.mark.parametrize("backend", ["fsdp:d1", "fsdp:d2"])
@@ -69,7 +68,7 @@ def test_controller_killed_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_end_everything_quickly(tmp_path: Path, shared_memory: None, number: signal.Signals) -> None:
+def test_ctrl_c_and_sigterm_end_everything_quickly(tmp_path: Path, number: signal.Signals) -> None:
     run = TrainRun(tmp_path, LONG)
     run.wait_for_step(2)
     family = run.family()
@@ -78,15 +77,17 @@ def test_ctrl_c_and_sigterm_end_everything_quickly(tmp_path: Path, shared_memory
     assert "interrupted" in run.stderr
     assert "Traceback" not in run.stderr
     assert_all_gone(family)
+    assert_no_shared_memory(run)
 
 
-def test_ctrl_c_while_starting(tmp_path: Path, shared_memory: None) -> None:
+def test_ctrl_c_while_starting(tmp_path: Path) -> None:
     run = TrainRun(tmp_path, LONG)
     run.wait_until(lambda: len(psutil.Process(run.process.pid).children()) >= 2, 60)
     family = run.family()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.finish(30) == 130
     assert_all_gone(family)
+    assert_no_shared_memory(run)
 
 
 @pytest.fixture

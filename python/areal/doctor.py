@@ -22,6 +22,7 @@ from areal.launcher.gpus import installed_gpus
 State = Literal["ok", "optional", "problem"]
 TORCH_TESTED = ((2, 11), (2, 14))
 """First tested version, first untested one: the range in pyproject.toml."""
+SGLANG_TESTED = ("0.5.14",)
 TRAIN_PACKAGES = (
     "transformers",
     "safetensors",
@@ -149,7 +150,19 @@ def check_flash_attn() -> Finding:
 
 
 def check_sglang() -> Finding:
-    return _optional("SGLang", ("sglang",), "areal's own engine generates; SGLang has an environment of its own: `pip install '.[sglang]'`")
+    """Where ``rollout.backend: sglang:dN`` would find its server."""
+    from areal.config import ConfigError
+    from areal.inference.sglang import installed_version, sglang_python
+
+    try:
+        python = sglang_python()
+        version = installed_version(python)
+    except ConfigError as error:
+        return Finding("SGLang", "optional", f"areal's own engine generates; {error.message}", error.hint)
+    if version not in SGLANG_TESTED:
+        hint = f"tested: {', '.join(SGLANG_TESTED)}; another one may take other options, or map weights in another way"
+        return Finding("SGLang", "optional", f"{version} in {python}", hint)
+    return Finding("SGLang", "ok", f"{version} in {python}")
 
 
 def check_shared_memory() -> Finding:

@@ -68,7 +68,7 @@ class RolloutClient:
         self._newest = 0
         self._sampling: dict[int, tuple[GenerationConfig, dict[str, Any]]] = {}
         self._rids = (f"{prefix}-{n}" for prefix in [secrets.token_hex(4)] for n in itertools.count())
-        self._abandoned: set[asyncio.Task[None]] = set()  # exchanges that nobody waits for any more
+        self._abandoned: set[asyncio.Task[Any]] = set()  # exchanges that nobody waits for any more
         for index, url in enumerate(urls):
             self.add_server(url, processes[index] if index < len(processes) else None)
 
@@ -184,7 +184,7 @@ class RolloutClient:
             failures = 0
             if submission.reason in ("stop", "length"):
                 return submission.reason
-            if submission.n_new and not submission.stamped:
+            if submission.n_new and not (submission.stamped or submission.streamed):
                 # SGLang samples one token more after an abort, and does not look whether it ends the answer. Dropped whatever it
                 # is, it is sampled again from the same distribution, and then an end is seen as one.
                 done.drop_last()
@@ -205,17 +205,30 @@ class RolloutClient:
             await asyncio.shield(exchange)
         except asyncio.CancelledError:
             if not exchange.done():
-                for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
-                    self._abandoned.add(task)
-                    task.add_done_callback(self._abandoned.discard)
+                self._abandon(server, submission, exchange)
             raise
 
+    def _abandon(self, server: Server, submission: Submission, exchange: asyncio.Task[Any]) -> None:
+        """Has the server end a submission whose tokens nobody wants any more."""
+        for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
+            self._abandoned.add(task)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._abandoned.discard(task)
+        if not task.cancelled():
+            task.exception()  # or asyncio logs that nobody asked for it
+
     async def _exchange(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
-        tokens = submission.done.tokens
+        tokens, exchange = submission.done.tokens, asyncio.current_task()
+        assert exchange is not None
 
         def take(answer: Any) -> None:
             server.n_heard += 1
+            was_lost = submission.is_lost
             submission.take(answer, server.url)
+            if submission.is_lost and not was_lost:
+                self._abandon(server, submission, exchange)
 
         body: dict[str, Any] = {
             "rid": submission.rid,
@@ -224,7 +237,8 @@ class RolloutClient:
             "return_logprob": True,
         }
         try:
-            if await self._streams(server):
+            submission.streamed = await self._streams(server)
+            if submission.streamed:
                 await server.wire.events("/generate", {**body, "stream": True}, take)
             else:
                 take(await server.wire.call("POST", "/generate", body, timeout=None))  # agenerate has the deadline
@@ -235,7 +249,7 @@ class RolloutClient:
         if submission.n_new:
             server.stamps = submission.stamped
 
-    async def _end(self, server: Server, rid: str, exchange: asyncio.Task[None]) -> None:
+    async def _end(self, server: Server, rid: str, exchange: asyncio.Task[Any]) -> None:
         """Has the server abort a request, again while it goes on: the first time it may not know of it yet."""
         pause = _RETRY_FIRST
         while not exchange.done() and server.live:

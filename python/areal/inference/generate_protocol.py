@@ -48,15 +48,18 @@ class Submission:
     holds_back: bool = False
     """The server may know tokens that it does not show yet: SGLang does while they could be the beginning of a stop string."""
     version: int = -1
-    """Of the weights that sample its next token, unless the server stamps versions itself."""
+    """Of the weights that sampled its newest token, unless the server stamps versions itself."""
     n_new: int = 0
     """Tokens that this submission has added to ``done``."""
     retractions: int = 0
     """``num_retractions`` of the newest chunk: how often the server has thrown away its KV."""
-    upcoming: tuple[int, int] | None = None
-    """(retractions, version) after an update while it ran: tokens with more retractions than these were sampled by that version."""
+    pending: list[int] = field(default_factory=list)
+    """Versions of the updates during which this stayed in the server, and of which no token has come yet."""
+    streamed: bool = False
     stamped: bool = False
     """The server says by which version each token was sampled."""
+    is_lost: bool = False
+    """A chunk held tokens from before and after an update: nothing of it or later is taken over, and it is to be aborted."""
     reason: StopReason | None = None
     """Why it ended; None while it goes on, and if it broke off."""
 
@@ -74,18 +77,34 @@ class Submission:
                 raise
             raise ProtocolError(f"{url} gave an answer that is not of the /generate protocol ({type(error).__name__}: {error})") from error
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the retraction of a pause now would tell its older tokens from newer ones, however late they arrive.
+
+        Not if it has shown nothing since it was sent or since the last update: it may be waiting, and then no pause retracts it.
+        """
+        return bool(self.n_new) and not self.pending and not self.holds_back
+
     def resumed_with(self, version: int) -> None:
-        """The server has taken other weights while this ran, and goes on."""
+        """The server has taken other weights while this was in it, and goes on."""
         if self.n_new:
-            self.upcoming = self.retractions, version
+            self.pending.append(version)
         else:
             self.version = version
 
     def _take(self, answer: Any, url: str) -> None:
         meta, output_ids = answer["meta_info"], answer["output_ids"]
         finish = meta["finish_reason"]
+        if finish is not None:
+            self.reason = _stop_reason(finish, url)
         n_tokens = meta.get("completion_tokens", len(output_ids))
         n_new = n_tokens - self.n_new
+        if self.is_lost or (self.streamed and self.reason == "abort"):
+            self.reason = self.reason and "abort"
+            return  # an aborted one does not say when its last tokens were sampled; they are sampled again, whatever they are
+        if self.pending and n_new > 1 and meta.get("num_retractions", 0) > self.retractions:
+            self.is_lost = True  # SGLang puts chunks together when its HTTP process comes too late to send the first
+            return
         entries = (meta.get("output_token_logprobs") or [])[-n_new:] if n_new else []
         tokens = [token for _, token, *_ in entries]
         n_told = min(n_new, len(output_ids))
@@ -95,18 +114,17 @@ class Submission:
         self.done.logprobs += [logprob for logprob, *_ in entries]
         self.done.versions += self._versions(meta, n_new)
         self.n_new = n_tokens
-        if finish is not None:
-            self.reason = _stop_reason(finish, url)
 
     def _versions(self, meta: dict[str, Any], n_new: int) -> list[int]:
         stamped = meta.get("output_token_versions")
         if stamped is not None:
             self.stamped = True
             return list(stamped[-n_new:]) if n_new else []
-        if n_new:
-            self.retractions = meta.get("num_retractions", self.retractions)
-        if self.upcoming is not None and self.retractions > self.upcoming[0]:
-            self.version, self.upcoming = self.upcoming[1], None
+        retractions = meta.get("num_retractions", 0) if n_new else self.retractions
+        for _ in range(retractions - self.retractions if self.n_new else 0):
+            if self.pending:  # else it was for want of memory
+                self.version = self.pending.pop(0)
+        self.retractions = retractions
         return [self.version] * n_new
 
 

@@ -7,13 +7,16 @@ that it is idle then, and an assertion kills it; it answers a request one step b
 therefore ends with a question that only the scheduler answers: what it is asked after that, it is asked in a later step.
 
 retract: running requests stay in the server, which throws their KV away. A server that stamps versions (the embedded engine) needs no
-more. SGLang stamps none, so requests are streamed there. It acknowledges the pause before its scheduler knows of it; the same question
-tells when it stands still, and tokens still on their way have arrived when none came for a while.
-The pause adds one to ``num_retractions`` of every request that has KV. Tokens with more retractions than a request had shown when the
-server was resumed are of the new weights, all others of the old ones. Retractions for want of memory do not disturb this: one before the
-pause is shown with the next token, which comes before the server stands still, or else is sampled after the update.
-What has shown no token is aborted; what the server does not end then has not begun, and all its tokens will be of the new weights.
-Requests with stop strings are aborted too, since SGLang holds tokens back while they could be the beginning of one.
+more. SGLang stamps none, so requests are streamed there, one token a chunk, and each chunk says how often its request has been
+retracted. A pause retracts what is running; so the tokens of a request that was seen running are told apart by that number, however late
+they arrive, and they do: the acknowledgement of a pause overtakes tokens by milliseconds, or by seconds on a machine that is short of
+CPU. What was not seen running since it was sent, or since the last update, may be waiting, and then no pause retracts it: it is aborted
+and sent again. What the server does not end then has not begun there, and all its tokens will be of the new weights. Requests with stop
+strings are aborted too, since SGLang holds tokens back while they could be the beginning of one.
+Retractions for want of memory do not disturb this: before the update is over they find nothing to be told apart, and one that comes
+later comes after the one of the pause, unless the request waited for memory when the pause came, and then its next token is of the new
+weights as well. The one case left is a retraction for want of memory within the last steps before a pause, whose token arrives only after
+the whole update; ``max_running_requests`` should be such that memory suffices.
 The server must run without a radix cache, and updates must say ``flush_cache: false``: it is not idle while requests wait.
 
 in_place (embedded engine): as retract, but the KV is kept.
@@ -29,8 +32,8 @@ from areal.inference.wire import HTTPStatusError, WireError
 
 InterruptMode = Literal["abort", "retract", "in_place"]
 _REPEAT_FIRST, _REPEAT_LAST = 0.05, 1.0
-_QUIET = 0.1
-"""Seconds without a new token after which those that were on their way have arrived; between processes of one server they take 1 ms."""
+_QUIET = 0.05
+"""Seconds without a token after which those that were on their way have most likely arrived, which saves aborts."""
 
 
 class InterruptFailed(RuntimeError):
@@ -103,7 +106,7 @@ async def _pause(server: Server, mode: InterruptMode) -> None:
     await server.wire.call("POST", "/pause_generation", {"mode": mode}, timeout=None)
     if not server.stamps:
         await _settle(server)
-        unclear = [s.rid for s in server.submissions.values() if not s.n_new or s.holds_back]
+        unclear = [s.rid for s in server.submissions.values() if not s.is_clear]
         for rid in unclear:
             await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=None)
         if unclear:

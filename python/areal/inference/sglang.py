@@ -36,7 +36,7 @@ _CPU_MEMORY = {
 """SGLang allocates every bucket of weights twice anew. Faulting that in 4 KiB at a time takes longer than receiving it: glibc keeps freed
 memory, and torch asks for huge pages."""
 
-Option = bool | int | float | str | list[str]
+Option = bool | int | float | str | list[int | float | str]
 
 
 def sglang_argv(
@@ -134,6 +134,8 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
         # A server whose scheduler was killed would sleep 5 s before it ends, to have its dead processes examined.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "false",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
+        # Nobody listens there (gRPC is off), but SGLang refuses a --port above 55535 without it: the other one would be 10000 more.
+        "SGLANG_GRPC_PORT": "1",
         # The few spare tokens of _SPARE_CONTEXT; no position beyond the model's limit is ever used.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }

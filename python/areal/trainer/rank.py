@@ -118,6 +118,11 @@ class Rank:
 
         return hash_tensors(self._engine.gatherer.gather, self._buckets, self._engine.device if self._is_first else None)
 
+    def rpc_sample_tensors(self, turn: int) -> dict[str, Any]:
+        from areal.weight_sync.samples import sample_tensors
+
+        return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
+
     def rpc_save(self, folder: Path) -> None:
         weights = self._engine.snapshot()
         if weights is not None:

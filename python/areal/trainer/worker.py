@@ -141,6 +141,10 @@ class TrainerHandle:
         """The hash of each tensor alone, as it would be sent now; for finding out where two sides differ."""
         return await self._call_all("tensor_hashes", _PUBLISH_TIMEOUT, lambda rank: {})
 
+    async def sample_tensors(self, turn: int) -> dict[str, Any]:
+        """The first rows of some tensors, float32, as they would be sent now; of others at another ``turn``."""
+        return await self._call_all("sample_tensors", _PUBLISH_TIMEOUT, lambda rank: {"turn": turn})
+
     async def save(self, folder: Path) -> dict[str, Any]:
         """Writes a Hugging Face checkpoint; returns {"spans": [["checkpoint", start, end]]} when it is whole.
 

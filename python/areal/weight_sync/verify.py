@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from areal.inference.wire import HTTPStatusError, Wire, WireError
 from areal.ops.weights_hash import tensor_key
@@ -39,6 +39,9 @@ Manifest = Sequence[tuple[str, Sequence[int], str]]
 
 TensorHashes = Callable[[], Awaitable[Mapping[str, int]]]
 """Gives the hash of each tensor as it was sent (``weights_hash`` of it alone); only called after a mismatch."""
+
+Samples = Callable[[], Awaitable[Mapping[str, np.ndarray]]]
+"""Gives the first rows of some tensors as they were sent, in float32."""
 
 _MASK = 2**64 - 1
 _ANSWER_LIMIT = 2**28
@@ -85,12 +88,12 @@ async def verify_server(
     *,
     version: int | None = None,
     tensor_hashes: TensorHashes | None = None,
-    samples: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
 ) -> Verification:
     """Compares what the server at ``url`` holds with ``expected_hash`` (``weights_hash`` of everything sent), within ``timeout`` seconds.
 
     The server must not be generating: SGLang lets the question wait until running requests have ended, unless it is paused.
-    ``samples``: first rows of tensors as they were sent, for a server that has not got our loader.
+    ``samples`` is only called for a server of SGLang that was not started with our loader.
     """
     who = f"server {url}" + (f" at version {version}" if version is not None else "")
     wire = Wire(url)
@@ -102,17 +105,19 @@ async def verify_server(
                 return _compare_totals(who, int(stats["hash"], 16), expected_hash)
             server = await wire.call("GET", "/server_info", timeout=None)
             if LOADER not in (server.get("custom_weight_loader") or ()):
-                return await _compare_samples(wire, f"{who}, which was not started with --custom-weight-loader {LOADER},", samples or {})
+                expected = await samples() if samples is not None else {}
+                return await _compare_samples(wire, f"{who}, which was not started with --custom-weight-loader {LOADER},", expected)
             answers = await _ask(wire, server.get("tp_size") or n_ranks, server.get("pp_size") or 1, manifest)
-            if isinstance(answers, str):
-                return Verification("none", True, f"{who} cannot be verified: {answers}")
-            return await _compare(who, combine(manifest, answers), manifest, expected_hash, tensor_hashes)
     except (WireError, HTTPStatusError, TimeoutError) as error:
         reason = str(error) or f"no answer within {timeout:g} s (weight_sync.timeout)"
         return Verification("none", False, f"{who} did not say what weights it holds: {reason}")
     finally:
         wire.close()
         await wire.wait_closed()
+    if isinstance(answers, str):
+        return Verification("none", True, f"{who} cannot be verified: {answers}")
+    # The trainer, which is asked for its side of a difference, has deadlines of its own.
+    return await _compare(who, combine(manifest, answers), manifest, expected_hash, tensor_hashes)
 
 
 class AnswerListener:
@@ -196,15 +201,14 @@ def _own_address(url: str) -> str:
         return probe.getsockname()[0]
 
 
-async def _compare_samples(wire: Wire, who: str, samples: Mapping[str, Tensor]) -> Verification:
+async def _compare_samples(wire: Wire, who: str, samples: Mapping[str, np.ndarray]) -> Verification:
     """First rows of tensors, by SGLang's own endpoint. It gives float32, in which every bfloat16 and float16 has its place."""
     for name, sent in samples.items():
         try:
             rows = await wire.call("POST", "/get_weights_by_name", {"name": name, "truncate_size": len(sent)}, timeout=None)
         except HTTPStatusError:
             return Verification("none", True, f"{who} cannot be verified: its model has no /get_weights_by_name")
-        held = torch.tensor(rows, dtype=torch.float32)
-        if held.shape != sent.shape or not torch.equal(held, sent.float()):
+        if not np.array_equal(np.asarray(rows, dtype=np.float32), sent):
             return Verification("samples", False, f"{who} holds other values in the first {len(sent)} rows of '{name}' than were sent")
     if not samples:
         return Verification("none", True, f"{who} cannot be verified: there are no samples to compare")
