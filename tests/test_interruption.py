@@ -38,11 +38,24 @@ def eos(models: list[Path]) -> int:
     return AutoConfig.from_pretrained(models[0]).eos_token_id
 
 
+@pytest.fixture(scope="module")
+def servers(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Two; the tests at the end of this file break them."""
+    folder = tmp_path_factory.mktemp("logs")
+    servers = [Server(models[0], folder / f"rollout_{i}.log", f"rollout {i}", "--max-running-requests", "48") for i in range(2)]
+    yield [server.wait() for server in servers]
+    for server in servers:
+        server.process.kill()
+
+
 @pytest.fixture
-def server(models: list[Path], tmp_path: Path) -> Iterator[Server]:
-    server = Server(models[0], tmp_path / "rollout_0.log", "rollout 0", "--max-running-requests", "48").wait()
-    yield server
-    server.process.kill()
+def server(servers: list[Server]) -> Server:
+    return servers[0]
+
+
+@pytest.fixture
+def other(servers: list[Server]) -> Server:
+    return servers[1]
 
 
 @pytest.mark.parametrize("mode", ["abort", "retract"])
@@ -51,6 +64,8 @@ def test_every_token_has_the_version_that_sampled_it(
 ) -> None:
     async def main() -> list[Any]:
         client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode=mode)
+
+        await update_from_disk(client, server.url, models, 0)
 
         async def update(version: int) -> None:
             await update_from_disk(client, server.url, models, version)
@@ -64,67 +79,15 @@ def test_every_token_has_the_version_that_sampled_it(
     assert proof["n_mixed"] >= 64 and proof["wrong"] > 0.05
 
 
-def test_a_closed_gate_holds_new_requests_and_a_dead_server_releases_them(models: list[Path], server: Server, tmp_path: Path) -> None:
-    other = Server(models[0], tmp_path / "rollout_1.log", "rollout 1").wait()
-
-    async def main() -> None:
-        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="abort", interrupt_timeout=20)
-        tasks = [
-            asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=400, ignore_eos=True))))
-            for _ in range(8)
-        ]
-        await asyncio.sleep(0.3)
-        await client.interrupt(server.url)
-        tasks.append(asyncio.ensure_future(client.agenerate(ModelRequest([3, 5], GenerationConfig(max_new_tokens=8)))))
-        await asyncio.sleep(0.5)
-        assert not any(task.done() for task in tasks)  # all of them wait at the gate
-        stats = (await client.engine_stats())[server.url]
-        assert stats["running"] == stats["waiting"] == 0
-        os.kill(server.process.pid, signal.SIGKILL)
-        with pytest.raises(WeightUpdateError, match=server.url):
-            await client.update_from_disk(server.url, models[1], 1)
-        client.remove_server(server.url, "killed")
-        client.add_server(other.url, other.process, version=5)
-        answers = await asyncio.gather(*tasks)
-        assert [answer.output_len for answer in answers[:8]] == [400] * 8
-        assert all(set(answer.output_versions) <= {0} for answer in answers)  # stamped by the server: it has no other weights
-        with pytest.raises(InterruptFailed, match="is gone"):
-            await client.resume(server.url, 1)
-        await client.close()
-
-    try:
-        asyncio.run(main())
-    finally:
-        other.process.kill()
-
-
-def test_a_server_that_does_not_stop_is_named_with_what_it_holds(server: Server) -> None:
-    async def main() -> None:
-        client = RolloutClient(RolloutConfig(max_restarts=0), [server.url], [server.process], update_mode="abort", interrupt_timeout=1.0)
-        tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], LONG))) for _ in range(3)]
-        await asyncio.sleep(0.3)
-        os.kill(server.process.pid, signal.SIGSTOP)
-        with pytest.raises(
-            InterruptFailed, match=rf"waited 1 s \(weight_sync.timeout\) for {server.url} .* 3 requests were still in flight"
-        ):
-            await client.interrupt(server.url)
-        client.remove_server(server.url, "it hung")
-        assert all("it hung" in str(error) for error in await asyncio.gather(*tasks, return_exceptions=True))
-        await client.close()
-
-    asyncio.run(main())
-
-
-def test_a_drained_server_gets_nothing_new_and_what_it_holds_goes_on_elsewhere(models: list[Path], server: Server, tmp_path: Path) -> None:
-    other = Server(models[0], tmp_path / "rollout_1.log", "rollout 1").wait()
-
+def test_a_drained_server_gets_nothing_new_and_what_it_holds_goes_on_elsewhere(server: Server, other: Server) -> None:
     async def main() -> None:
         client = RolloutClient(RolloutConfig(), [server.url], [server.process])
         gconfig = GenerationConfig(max_new_tokens=1500, ignore_eos=True)
+        before = (await client.engine_stats())[server.url]["tokens_generated"]
         tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], gconfig))) for _ in range(8)]
         await asyncio.sleep(0.3)
         client.add_server(other.url, other.process)
-        generated = (await client.engine_stats())[server.url]["tokens_generated"]
+        generated = (await client.engine_stats())[server.url]["tokens_generated"] - before
         await client.drain(server.url, timeout=0.1)
         assert client.urls == [other.url] and not client.is_known(server.url)
         answers = await asyncio.gather(*tasks)
@@ -133,15 +96,10 @@ def test_a_drained_server_gets_nothing_new_and_what_it_holds_goes_on_elsewhere(m
         assert generated > 0 and done_there <= 8 * 1500 - generated  # they went on, and did not start again
         await client.close()
 
-    try:
-        asyncio.run(main())
-    finally:
-        other.process.kill()
+    asyncio.run(main())
 
 
-def test_requests_go_where_the_fewest_tokens_are_outstanding(models: list[Path], server: Server, tmp_path: Path) -> None:
-    other = Server(models[0], tmp_path / "rollout_1.log", "rollout 1").wait()
-
+def test_requests_go_where_the_fewest_tokens_are_outstanding(server: Server, other: Server) -> None:
     async def main() -> None:
         client = RolloutClient(urls=[server.url, other.url])
         long = asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], LONG)))
@@ -158,10 +116,7 @@ def test_requests_go_where_the_fewest_tokens_are_outstanding(models: list[Path],
         await asyncio.gather(long, *short, return_exceptions=True)
         await client.close()
 
-    try:
-        asyncio.run(main())
-    finally:
-        other.process.kill()
+    asyncio.run(main())
 
 
 def test_a_streamed_answer_is_the_same_as_a_whole_one(server: Server) -> None:
@@ -257,3 +212,55 @@ def test_incremental_chunks() -> None:
         chunk["meta_info"]["output_token_logprobs"] = chunk["meta_info"]["output_token_logprobs"][-1:]
         request.take(chunk, "url")
     assert request.done.tokens == [100, 101, 102]
+
+
+# -- the last tests: they end the servers ----
+
+
+def test_a_closed_gate_holds_new_requests_and_a_dead_server_releases_them(models: list[Path], server: Server, other: Server) -> None:
+    async def main() -> None:
+        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="abort", interrupt_timeout=20)
+        await update_from_disk(client, server.url, models, 3)  # the weights of the other one, under another version
+        tasks = [
+            asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=400, ignore_eos=True))))
+            for _ in range(8)
+        ]
+        await asyncio.sleep(0.3)
+        await client.interrupt(server.url)
+        tasks.append(asyncio.ensure_future(client.agenerate(ModelRequest([3, 5], GenerationConfig(max_new_tokens=8)))))
+        await asyncio.sleep(0.5)
+        assert not any(task.done() for task in tasks)  # all of them wait at the gate
+        stats = (await client.engine_stats())[server.url]
+        assert stats["running"] == stats["waiting"] == 0
+        os.kill(server.process.pid, signal.SIGKILL)
+        with pytest.raises(WeightUpdateError, match=server.url):
+            await client.update_from_disk(server.url, models[1], 1)
+        client.remove_server(server.url, "killed")
+        client.add_server(other.url, other.process)
+        answers = await asyncio.gather(*tasks)
+        assert [answer.output_len for answer in answers[:8]] == [400] * 8
+        # They went on from the tokens they had, each with the version that its server stamped.
+        assert all((answer.output_versions[0], answer.output_versions[-1]) == (3, 0) for answer in answers[:8])
+        assert set(answers[8].output_versions) == {0}
+        with pytest.raises(InterruptFailed, match="is gone"):
+            await client.resume(server.url, 1)
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_does_not_stop_is_named_with_what_it_holds(other: Server) -> None:
+    async def main() -> None:
+        client = RolloutClient(RolloutConfig(max_restarts=0), [other.url], [other.process], update_mode="abort", interrupt_timeout=1.0)
+        tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], LONG))) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        os.kill(other.process.pid, signal.SIGSTOP)
+        with pytest.raises(
+            InterruptFailed, match=rf"waited 1 s \(weight_sync.timeout\) for {other.url} .* 3 requests were still in flight"
+        ):
+            await client.interrupt(other.url)
+        client.remove_server(other.url, "it hung")
+        assert all("it hung" in str(error) for error in await asyncio.gather(*tasks, return_exceptions=True))
+        await client.close()
+
+    asyncio.run(main())

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rollout_servers import TINY
 
+from areal import config_check
 from areal.config import ConfigError, GRPOConfig
 from areal.config_check import check_machine
-from areal.inference import servers
-from areal.inference.servers import rollout_device
+from areal.inference import placement
+from areal.inference.placement import rollout_device, shares_gpu
 from areal.inference.sglang import PLUGIN, installed_version, refusal, sglang_argv, sglang_env, sglang_python
 from tests.sglang_servers import fake_sglang
 
@@ -92,8 +93,19 @@ def test_memory_is_left_to_a_trainer_on_the_same_gpu(model: Path) -> None:
 def test_gpus_behind_those_of_the_trainer(
     monkeypatch: pytest.MonkeyPatch, n_gpus: int, layout: dict[str, Any], expected: list[str]
 ) -> None:
-    monkeypatch.setattr(servers, "count_gpus", lambda: n_gpus)
+    monkeypatch.setattr(placement, "count_gpus", lambda: n_gpus)
     assert [rollout_device(config(**layout), i) for i in range(2)] == expected
+
+
+def test_a_gpu_that_is_shared_needs_another_transport_than_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "count_gpus", lambda: 1)
+    monkeypatch.setattr(config_check, "count_gpus", lambda: 1)
+    assert shares_gpu(config(backend="sglang:d1"), 0) and not shares_gpu(config(backend="sglang:d1", device="cpu"), 0)
+    with pytest.raises(ConfigError, match=r"share cuda:0 with the trainer.*rollout\.colocate=true"):
+        config_check._check_gpus(config(backend="sglang:d1"))
+    config_check._check_gpus(config(backend="sglang:d1", colocate=True))
+    with pytest.raises(ConfigError, match="needs 2 GPUs for one server, and this machine has 1"):
+        config_check._check_gpus(config(backend="sglang:d1t2", colocate=True))
 
 
 def test_the_interpreter_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

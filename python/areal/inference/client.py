@@ -212,7 +212,12 @@ class RolloutClient:
         """Has the server end a submission whose tokens nobody wants any more."""
         for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
             self._abandoned.add(task)
-            task.add_done_callback(self._abandoned.discard)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._abandoned.discard(task)
+        if not task.cancelled():
+            task.exception()  # or asyncio logs that nobody asked for it
 
     async def _exchange(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
         tokens, exchange = submission.done.tokens, asyncio.current_task()

@@ -27,7 +27,16 @@ _SPARE_CONTEXT = 8
 """SGLang ends an answer 2 tokens before its context length and refuses an input 6 tokens before it (managers/tp_worker.py): so much
 longer than the longest sequence its context is, or the last tokens of a long answer would silently be missing."""
 
-Option = bool | int | float | str | list[str]
+_CPU_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""SGLang allocates every bucket of weights twice anew. Faulting that in 4 KiB at a time takes longer than receiving it: glibc keeps freed
+memory, and torch asks for huge pages."""
+
+Option = bool | int | float | str | list[int | float | str]
 
 
 def sglang_argv(
@@ -132,6 +141,7 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
     }
     if device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        env |= {key: value for key, value in _CPU_MEMORY.items() if key not in os.environ}
     return env
 
 
