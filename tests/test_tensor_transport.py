@@ -175,7 +175,6 @@ class _Call:
         [1, 2],
     ],
     ids=["system", "eval", "getattr", "from_file", "no tensor", "a list"],  # the same in every process
-    ids=lambda content: str(getattr(content, "_function", "no bucket")),
 )
 def test_bodies_make_nothing_but_views(server: Server, content: Any) -> None:
     text = base64.b64encode(pickle.dumps(content)).decode()
