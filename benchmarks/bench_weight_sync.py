@@ -307,7 +307,7 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str],
                 variants[name] = bare = BareBroadcast(trainer.nbytes, piece)
                 stack.callback(bare.close)
             for kind, url in urls.items():
-                for name, is_flat in ((f"broadcast to {kind}", True), (f"broadcast to {kind}, tensor by tensor", False)):
+                for name, is_flat in ((f"broadcast to {kind}", False), (f"broadcast to {kind}, flat buckets", True)):
                     variants[name] = sender = Streaming(trainer, url, BroadcastSender("cpu", timeout=300.0, is_flat=is_flat))
                     limits[name] = "bare gloo broadcast"
                     stack.callback(sender.close)
