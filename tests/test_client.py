@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -309,6 +310,43 @@ def test_client_tells_a_wrong_protocol(answer: Any, error: type[Exception]) -> N
             await client.close()
 
     asyncio.run(main())
+
+
+def test_a_streamed_request_that_the_server_forgot_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal.inference.client._ABORT_TIMEOUT", 0.1)
+    said: list[tuple[str, Any]] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path == "/model_info":
+            return web.json_response({"weight_version": "default"})
+        body = await request.json()
+        said.append((request.path, body["rid"]))
+        if request.path == "/abort_request":
+            return web.Response()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for n in range(1, 3):
+            await response.write(b"data: " + json.dumps(_answer([10] * n, "stop") | ({} if n == 2 else _unfinished())).encode() + b"\n\n")
+            if len(said) == 1:
+                await asyncio.sleep(60)  # after its first token
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def main() -> None:
+        async with aiohttp_server(handler) as url:
+            client = RolloutClient(RolloutConfig(request_timeout=4.0), [url], update_mode="retract")
+            response = await client.agenerate(ModelRequest([1, 2], GenerationConfig(max_new_tokens=6)))
+            assert (response.output_tokens, response.stop_reason) == ([10, 10, 10], "stop")  # the first one was kept
+            assert client.urls == [url]
+            await client.close()
+
+    asyncio.run(main())
+    (_, lost), *others = said
+    assert ("/abort_request", lost) in others and others[-1][0] == "/generate" and others[-1][1] != lost
+
+
+def _unfinished() -> dict[str, Any]:
+    return {"meta_info": {"finish_reason": None, "output_token_logprobs": [[-0.5, 10, None]]}}
 
 
 def test_address_where_nobody_listens_is_given_up() -> None:

@@ -25,6 +25,7 @@ from areal.types import ModelRequest, ModelResponse, StopReason
 
 _RETRY_FIRST, _RETRY_LAST, _RETRIES = 0.05, 1.0, 6
 _CONTROL_TIMEOUT = 10.0
+_ABORT_TIMEOUT = 5.0
 __all__ = [
     "InterruptFailed",
     "ProtocolError",
@@ -208,6 +209,25 @@ class RolloutClient:
                 self._abandon(server, submission, exchange)
             raise
 
+    async def _stream(self, server: Server, submission: Submission, body: dict[str, Any], take: Callable[[Any], None]) -> None:
+        """Reads a streamed answer. SGLang 0.5.14 was seen to forget a request that waited in it through several pauses, so one that shows
+        nothing for a quarter of ``request_timeout`` is aborted, and sent again whether the server answers to that or not."""
+        stream = asyncio.ensure_future(server.wire.events("/generate", {**body, "stream": True}, take))
+        shown = -1
+        try:
+            while not stream.done():
+                await asyncio.wait([stream], timeout=self.config.request_timeout / 4)
+                if not stream.done() and submission.n_new == shown and server.gate_open:
+                    await self._ask(server, "POST", "/abort_request", {"rid": submission.rid})
+                    await asyncio.wait([stream], timeout=_ABORT_TIMEOUT)
+                    break
+                shown = submission.n_new
+            if not stream.done():
+                raise WireError(f"{server.url} does not answer to request {submission.rid}, nor to its abortion")
+            await stream
+        finally:
+            stream.cancel()
+
     def _abandon(self, server: Server, submission: Submission, exchange: asyncio.Task[Any]) -> None:
         """Has the server end a submission whose tokens nobody wants any more."""
         for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
@@ -239,7 +259,7 @@ class RolloutClient:
         try:
             submission.streamed = await self._streams(server)
             if submission.streamed:
-                await server.wire.events("/generate", {**body, "stream": True}, take)
+                await self._stream(server, submission, body, take)
             else:
                 take(await server.wire.call("POST", "/generate", body, timeout=None))  # agenerate has the deadline
             if submission.reason is None:
@@ -268,8 +288,15 @@ class RolloutClient:
             await self._ask_kind(server)
         return not server.stamps
 
+    async def _ask(self, server: Server, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """A call that is part of a request: too late an answer is a failure of the server, not the deadline of the request."""
+        try:
+            return await server.wire.call(method, path, body, timeout=_CONTROL_TIMEOUT)
+        except TimeoutError:
+            raise WireError(f"{server.url} did not answer to {path} within {_CONTROL_TIMEOUT:g} s") from None
+
     async def _ask_kind(self, server: Server) -> None:
-        info = await server.wire.call("GET", "/model_info", timeout=_CONTROL_TIMEOUT)
+        info = await self._ask(server, "GET", "/model_info")
         server.stamps = isinstance(info, dict) and str(info.get("engine", "")).startswith("areal")
 
     async def _after_failure(self, server: Server, failures: int, error: WireError | HTTPStatusError) -> None:
@@ -320,7 +347,7 @@ class RolloutClient:
         if self.update_mode != "abort" and server.stamps is None:
             try:
                 await self._ask_kind(server)
-            except (WireError, HTTPStatusError, TimeoutError) as error:
+            except (WireError, HTTPStatusError) as error:
                 raise InterruptFailed(f"{url} could not be stopped for new weights: {error}") from error
         await interrupt(server, self.update_mode, self._interrupt_timeout)
 
