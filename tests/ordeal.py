@@ -177,16 +177,17 @@ class Ordeal:
     def _armed(self, moment: Moment, victim: RolloutServer) -> Iterator[None]:
         """The kill happens when the update comes to that moment; the update itself is the product's."""
         client, trainer = self.cluster.client, self.cluster.trainer
-        killed = asyncio.Event()
+        struck = False
 
         async def strike(after: float) -> None:
             await asyncio.sleep(after)
             self._kill(victim)
-            killed.set()
 
         def before(call: Callable[..., Awaitable[Any]], delay: float, only: str | None) -> Callable[..., Awaitable[Any]]:
             async def wrapped(*args: Any, **kwargs: Any) -> Any:
-                if only is None or args[0] == only:
+                nonlocal struck
+                if not struck and (only is None or args[0] == only):  # the replacement is sent weights too
+                    struck = True
                     blow = asyncio.create_task(strike(delay))
                     if not delay:
                         await blow
@@ -217,7 +218,7 @@ class Ordeal:
         finally:
             for owner, name in ((client, "interrupt"), (client, "resume"), (trainer, "send_weights")):
                 owner.__dict__.pop(name, None)
-        assert killed.is_set()
+        assert struck
 
     async def _until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
         async with asyncio.timeout(seconds):

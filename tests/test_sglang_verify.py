@@ -158,8 +158,8 @@ def test_ranks_answer_with_their_shards_and_experts(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")
     model = tmp_path / "model"
     heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-    make_model(model, model_type="qwen3_moe", **heads, **experts)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
+    make_model(model, model_type="qwen3_moe", tie_word_embeddings=False, **heads, **experts)
     # SGLang rebuilds the tokenizer of all but a few models, to which ours does not submit.
     server = SGLangServer(model, tmp_path / "server.log", n_ranks=2, skip_tokenizer_init=True)
     try:
