@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,12 @@ class RolloutServer:
     def terminate(self) -> None:
         if self.process is not None:
             self.process.terminate()
+
+
+def end_servers(servers: Sequence[RolloutServer]) -> None:
+    """Ends all that were started here, together: one of SGLang's takes a second or two."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(RolloutServer.terminate, servers))
 
 
 async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, restarts: int = 0) -> RolloutServer:
@@ -110,7 +118,7 @@ def _start_sglang(
         shared_gpu=shares_gpu(config, index),
         options=config.sglang.options,
     )
-    return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python), python=python)
+    return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python, config.layout.n_ranks), python=python)
 
 
 def _start_embedded(config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket) -> ChildProcess:
