@@ -65,7 +65,7 @@ class RolloutClient:
         named = self.config.update_mode
         self.update_mode: InterruptMode = update_mode or ("abort" if named == "auto" else named)
         self._interrupt_timeout = interrupt_timeout
-        self._router = Router(self.config.startup_timeout if self.config.max_restarts else 0.0)
+        self._router = Router(self.config.startup_timeout if self.config.max_restarts or self.config.urls else 0.0)
         self._newest = 0
         self._sampling: dict[int, tuple[GenerationConfig, dict[str, Any]]] = {}
         self._rids = (f"{prefix}-{n}" for prefix in [secrets.token_hex(4)] for n in itertools.count())
