@@ -119,24 +119,27 @@ class TwoCopies:
 
 
 class BareFile:
-    """A file of the same bytes: written, synced, and read into memory that is there already."""
+    """A new file of the same bytes: written, synced, and read into memory that is there already; then the one before it goes."""
 
     def __init__(self, nbytes: int, folder: Path) -> None:
         self._source = torch.ones(nbytes, dtype=torch.uint8).numpy().data
         self._target = torch.zeros(nbytes, dtype=torch.uint8).numpy().data
-        self._path = folder / "bare"
+        self._paths = [folder / "bare 0", folder / "bare 1"]
 
     def __call__(self) -> None:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        path, before = self._paths
+        self._paths.reverse()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         rest = self._source
         while rest:
             rest = rest[os.write(descriptor, rest[: 1 << 30]) :]
-        os.fsync(descriptor)
+        os.fdatasync(descriptor)
         os.lseek(descriptor, 0, os.SEEK_SET)
         rest = self._target
         while rest:
             rest = rest[os.readv(descriptor, [rest[: 1 << 30]]) :]
         os.close(descriptor)
+        before.unlink(missing_ok=True)
 
 
 # -- the transports --------------------------------------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str],
                 variants[name] = bare = BareBroadcast(trainer.nbytes, piece)
                 stack.callback(bare.close)
             for kind, url in urls.items():
-                for name, is_flat in ((f"broadcast to {kind}", True), (f"broadcast to {kind}, tensor by tensor", False)):
+                for name, is_flat in ((f"broadcast to {kind}", False), (f"broadcast to {kind}, flat buckets", True)):
                     variants[name] = sender = Streaming(trainer, url, BroadcastSender("cpu", timeout=300.0, is_flat=is_flat))
                     limits[name] = "bare gloo broadcast"
                     stack.callback(sender.close)

@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,15 @@ from areal.models.loading import forward_hidden, load_model
 from areal.models.packed import PackedContext
 from areal.packer import pack
 from areal.types import Minibatch, ModelRequest, ModelResponse, Trajectory
+from areal.weight_sync.stream import SendResult
 from tests.rollout_servers import make_model
 
 Moment = Literal["idle", "generating", "aborting", "mid_bucket", "before_resubmission"]
 MOMENTS: tuple[Moment, ...] = ("idle", "generating", "aborting", "mid_bucket", "before_resubmission")
-WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-"""Some 8 MB in float32, so that an update has several buckets of 1 MiB."""
+WIDE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Some 18 MB in float32, so that an update has many buckets of 1 MiB."""
 TOLERANCE = 1e-4
+_TRIES = 4
 
 
 def ordeal_config(folder: Path, backend: str, python: str = "", **weight_sync: Any) -> GRPOConfig:
@@ -64,6 +67,8 @@ class Ordeal:
         self._answers: list[ModelResponse] = []
         self._config = config
         self._watching: asyncio.Task[None] | None = None
+        self._n_broken = 0
+        """Servers that broke off in the middle of the buckets of the last update."""
 
     async def __aenter__(self) -> Ordeal:
         await self.cluster.open()
@@ -82,9 +87,17 @@ class Ordeal:
 
     # -- what happens ------------------------------------------------------------------------------------------------------------
 
-    async def kill_at(self, moment: Moment, n_requests: int = 24, seconds: float = 240) -> None:
+    async def kill_at(self, moment: Moment) -> None:
         """One update with a server killed at that moment, requests in flight (but for ``idle``); then all servers are there again."""
+        for _ in range(_TRIES):
+            if await self._kill_at(moment):
+                return
+        raise AssertionError(f"{_TRIES} kills came before the first or after the last bucket")
+
+    async def _kill_at(self, moment: Moment, n_requests: int = 24, seconds: float = 400) -> bool:
+        """Whether the kill came at that moment."""
         async with asyncio.timeout(seconds):
+            self._n_broken = 0
             n_servers = self._config.layout.n_servers
             await self._until(lambda: len(self.cluster.client.urls) == n_servers)
             requests = [self._request() for _ in range(0 if moment == "idle" else n_requests)]
@@ -105,6 +118,7 @@ class Ordeal:
             await self._until(lambda: len(self.cluster.client.urls) == n_servers)
             assert victim.url not in self.cluster.client.urls, "it was killed and must have been replaced"
             assert self.cluster.client.acked_version == self.version
+            return moment != "mid_bucket" or self._n_broken > 0
 
     async def update_under_load(self, n_requests: int, n_updates: int) -> None:
         """Updates follow one another while all the requests are generating; nobody is killed."""
@@ -163,16 +177,17 @@ class Ordeal:
     def _armed(self, moment: Moment, victim: RolloutServer) -> Iterator[None]:
         """The kill happens when the update comes to that moment; the update itself is the product's."""
         client, trainer = self.cluster.client, self.cluster.trainer
-        killed = asyncio.Event()
+        struck = False
 
         async def strike(after: float) -> None:
             await asyncio.sleep(after)
             self._kill(victim)
-            killed.set()
 
         def before(call: Callable[..., Awaitable[Any]], delay: float, only: str | None) -> Callable[..., Awaitable[Any]]:
             async def wrapped(*args: Any, **kwargs: Any) -> Any:
-                if only is None or args[0] == only:
+                nonlocal struck
+                if not struck and (only is None or args[0] == only):  # the replacement is sent weights too
+                    struck = True
                     blow = asyncio.create_task(strike(delay))
                     if not delay:
                         await blow
@@ -189,14 +204,21 @@ class Ordeal:
         elif moment == "before_resubmission":
             client.resume = before(client.resume, 0.0, victim.url)  # type: ignore[method-assign]
         else:
-            usual = self.cluster.weights.times[-1].transfer
-            trainer.send_weights = before(trainer.send_weights, usual * self._random.uniform(0.3, 0.7), None)  # type: ignore[method-assign]
+            usual = statistics.median(times.transfer for times in self.cluster.weights.times if times.transfer)
+            send = before(trainer.send_weights, usual * self._random.uniform(0.2, 0.7), None)
+
+            async def send_weights(*args: Any, **kwargs: Any) -> SendResult:
+                result = await send(*args, **kwargs)
+                self._n_broken += sum("at bucket" in (outcome.error or "") for outcome in result.outcomes)
+                return result
+
+            trainer.send_weights = send_weights  # type: ignore[method-assign]
         try:
             yield
         finally:
             for owner, name in ((client, "interrupt"), (client, "resume"), (trainer, "send_weights")):
                 owner.__dict__.pop(name, None)
-        assert killed.is_set()
+        assert struck
 
     async def _until(self, condition: Callable[[], bool], seconds: float = 200) -> None:
         async with asyncio.timeout(seconds):

@@ -36,7 +36,7 @@ class SGLangServer:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         argv = sglang_argv(model, port, device="cpu", dtype="float32", n_ranks=n_ranks, options=options)
-        self.process = ChildProcess(name, argv, log, sglang_env("cpu", 1, python), python=python)
+        self.process = ChildProcess(name, argv, log, sglang_env("cpu", 1, python, n_ranks), python=python)
 
     def wait(self, timeout: float = 110.0) -> SGLangServer:
         deadline = time.monotonic() + timeout

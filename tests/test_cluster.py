@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from rollout_servers import make_model
 
 from areal.cluster import Cluster
 from areal.config import GRPOConfig
+from areal.weight_sync.updater import WrongWeights
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -58,11 +60,11 @@ def test_weights_published_while_no_server_lives_arrive_with_the_replacement(tmp
         os.kill(cluster.servers[0].process.pid, signal.SIGKILL)
         await _until(lambda: not cluster.client.urls)
         await cluster.weights.publish(1)
-        async with asyncio.timeout(20):  # not only when rollout.request_timeout is over
+        async with asyncio.timeout(60):  # not only when rollout.request_timeout is over
             await cluster.wait_for_version(1)
         assert cluster.client.acked_version == 1
 
-    _with_cluster(_config(tmp_path), scenario)
+    _with_cluster(_config(tmp_path, request_timeout=120), scenario)
 
 
 def test_a_server_that_lives_but_was_given_up_is_replaced(tmp_path: Path) -> None:
@@ -113,3 +115,22 @@ def test_a_server_that_joins_while_a_number_is_used_again_has_the_newest_weights
         assert stats[cluster.servers[0].url]["hash"] == cluster.weights.published.digest
 
     _with_cluster(_config(tmp_path), scenario)
+
+
+@pytest.mark.parametrize("transport", ["shm", "broadcast", "disk", "tensor"])
+def test_a_server_that_holds_other_weights_than_were_sent_ends_the_run(tmp_path: Path, transport: str) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        name = {"shm": "publish", "disk": "write_weights"}.get(transport, "send_weights")
+        send = getattr(cluster.trainer, name)
+
+        async def with_another_hash(*args: Any, **kwargs: Any) -> Any:
+            sent = await send(*args, **kwargs)
+            return (sent[0], sent[1] ^ 1) if transport == "shm" else dataclasses.replace(sent, hash=sent.hash ^ 1)
+
+        setattr(cluster.trainer, name, with_another_hash)
+        with pytest.raises(WrongWeights, match=r"version 1"):
+            await cluster.weights.publish(1, announce=False)
+            await cluster.weights.push()
+
+    config = _config(tmp_path)
+    _with_cluster(config.new(weight_sync=config.weight_sync.new(transport=transport)), scenario)

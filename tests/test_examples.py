@@ -70,6 +70,7 @@ def test_gsm8k_starts_on_a_tiny_random_model(tmp_path):
         "stats_logger.fileroot": tmp_path / "runs",
         "actor.device": "cpu",
         "rollout.device": "cpu",
+        "rollout.backend": "embedded:d1",
         "actor.dtype": "float32",
         "total_train_steps": 2,
         "gconfig.max_new_tokens": 8,

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from rollout_servers import TINY
 
+from areal import config_check
 from areal.config import ConfigError, GRPOConfig
 from areal.config_check import check_machine
-from areal.inference import servers
-from areal.inference.servers import rollout_device
+from areal.inference import placement, sglang_cpu_env
+from areal.inference.placement import rollout_device, shares_gpu
 from areal.inference.sglang import PLUGIN, installed_version, refusal, sglang_argv, sglang_env, sglang_python
 from tests.sglang_servers import fake_sglang
 
@@ -92,8 +93,19 @@ def test_memory_is_left_to_a_trainer_on_the_same_gpu(model: Path) -> None:
 def test_gpus_behind_those_of_the_trainer(
     monkeypatch: pytest.MonkeyPatch, n_gpus: int, layout: dict[str, Any], expected: list[str]
 ) -> None:
-    monkeypatch.setattr(servers, "count_gpus", lambda: n_gpus)
+    monkeypatch.setattr(placement, "count_gpus", lambda: n_gpus)
     assert [rollout_device(config(**layout), i) for i in range(2)] == expected
+
+
+def test_a_gpu_that_is_shared_needs_another_transport_than_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "count_gpus", lambda: 1)
+    monkeypatch.setattr(config_check, "count_gpus", lambda: 1)
+    assert shares_gpu(config(backend="sglang:d1"), 0) and not shares_gpu(config(backend="sglang:d1", device="cpu"), 0)
+    with pytest.raises(ConfigError, match=r"share cuda:0 with the trainer.*rollout\.colocate=true"):
+        config_check._check_gpus(config(backend="sglang:d1"))
+    config_check._check_gpus(config(backend="sglang:d1", colocate=True))
+    with pytest.raises(ConfigError, match="needs 2 GPUs for one server, and this machine has 1"):
+        config_check._check_gpus(config(backend="sglang:d1t2", colocate=True))
 
 
 def test_the_interpreter_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +136,41 @@ def test_packages_of_one_environment_stay_out_of_the_other(monkeypatch: pytest.M
     assert sglang_env("cpu", 1, "/other/bin/python")["PYTHONPATH"] == str(PLUGIN)
     assert sglang_env("cpu", 1, sys.executable)["PYTHONPATH"] == f"{PLUGIN}{os.pathsep}/mine"
     assert sglang_env("cpu", 3, "/other/bin/python")["PATH"].startswith("/other/bin" + os.pathsep)
+
+
+def test_ranks_on_a_cpu_are_told_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "SGLANG_CPU_OMP_THREADS_BIND"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6})
+    assert sglang_env("cpu", 1, n_ranks=2)[name] == "4|5"
+    assert sglang_env("cpu", 2, n_ranks=2)[name] == "4,5|6,4"
+    assert name not in sglang_env("cpu", 2) and name not in sglang_env("cuda:0", 2, n_ranks=2)
+    monkeypatch.setenv(name, "0|1")
+    assert name not in sglang_env("cpu", 1, n_ranks=2), "the user's own"
+
+
+def test_an_installation_that_fails_is_a_sentence_and_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sglang_cpu_env, "TORCH", "areal-has-no-such-package==0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for words in ("Making", "Looking at"):
+        assert sglang_cpu_env.main([str(tmp_path / "v")]) == 1
+        said = capfd.readouterr().err
+        assert said.startswith(words) and "No matching distribution found for areal-has-no-such-package" in said
+        assert "error: `" in said and "failed with exit code 1" in said
+
+
+def test_an_environment_that_is_there_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[tuple[str, ...]] = []
+    monkeypatch.setattr(sglang_cpu_env, "_install", lambda python, *words: installed.append(words))
+    monkeypatch.setenv("TORCH_INDEX", "http://127.0.0.1:9/torch")
+    assert sglang_cpu_env.make(tmp_path / "v")
+    assert installed[0] == ("--index-url", "http://127.0.0.1:9/torch", sglang_cpu_env.TORCH), "for torch alone"
+    assert installed[1][:2] == ("--no-deps", "-r") and len(installed) == 2
+    assert not sglang_cpu_env.make(tmp_path / "v") and len(installed) == 2
+    monkeypatch.setattr(sglang_cpu_env, "TORCH", "torch==2.14.0")
+    assert sglang_cpu_env.make(tmp_path / "v") and len(installed) == 4, "other pins"
 
 
 def test_a_refusal_is_told_from_other_deaths() -> None:

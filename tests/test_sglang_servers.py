@@ -17,7 +17,7 @@ import pytest
 from rollout_servers import make_model
 
 from areal.config import GRPOConfig
-from areal.inference.servers import ServerStartError, start_server
+from areal.inference.servers import ServerStartError, end_servers, start_server
 from tests.sglang_servers import sglang_python
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
@@ -96,9 +96,8 @@ def test_two_servers_start_at_once_and_each_ends_by_itself(model: Path, tmp_path
             await check_the_longest_answer(second.url)
         finally:
             begin = time.monotonic()
-            second.terminate()
+            end_servers([first, second])
             took = time.monotonic() - begin
-            first.terminate()
         assert took < 20
         for session in sessions:
             wait_until_empty(session, 10)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from areal.ops import weights_hash
+from areal.weight_sync.broadcast import BroadcastSender
 from areal.weight_sync.samples import sample_tensors
-from areal.weight_sync.stream import BucketPlan, plan_buckets
+from areal.weight_sync.stream import BucketPlan, Target, plan_buckets, stream_weights
 from areal.weight_sync.verify import LOADER, Verification, verify_server
 from tests.rollout_servers import make_model
 from tests.sglang_servers import SGLangServer
@@ -63,6 +65,13 @@ def fresh(model: Path, seed: int) -> dict[str, Tensor]:
     return {name: torch.randn_like(tensor) * 0.05 for name, tensor in load_file(model / "model.safetensors").items()}
 
 
+def fill(weights: Mapping[str, Tensor], bucket: BucketPlan, out: Tensor | None) -> None:
+    """In place of the trainer's gather."""
+    assert out is not None
+    for spec in bucket.tensors:
+        spec.view(out).copy_(weights[spec.name])
+
+
 def verify(url: str, sent: Mapping[str, Tensor], *, n_ranks: int = 1, with_tensor_hashes: bool = True) -> Verification:
     manifest = [(name, list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in sent.items()]
 
@@ -106,6 +115,19 @@ def test_a_missing_tensor_and_two_swapped_ones_are_found(server: SGLangServer, m
     assert not found.ok and all(f"'{name}'" in found.detail for name in pair)
 
 
+def test_a_broadcast_is_verified_by_the_hash_of_what_was_sent(server: SGLangServer, model: Path) -> None:
+    weights = fresh(model, 7)
+    buckets = plan_buckets([(name, t.shape, t.dtype) for name, t in weights.items()], 20_000)
+    sender = BroadcastSender(torch.device("cpu"), timeout=100.0, flush_cache=True)
+    try:
+        sent = stream_weights(partial(fill, weights), buckets, sender, 7, [Target(server.url)], want_hash=True)
+    finally:
+        sender.close()
+    assert sent is not None and sent.hash == weights_hash(weights) and [outcome.error for outcome in sent.outcomes] == [None]
+    assert verify(server.url, weights) == Verification("hash", True)
+    assert not verify(server.url, fresh(model, 8)).ok
+
+
 def test_asking_leaves_the_server_as_it_was(server: SGLangServer, model: Path, tmp_path: Path) -> None:
     sent = fresh(model, 5)
     update_from_disk(server.url, model, sent, tmp_path / "v6")
@@ -131,18 +153,25 @@ def test_tensors_that_the_server_does_not_know_are_named(server: SGLangServer, m
     assert "holds it as float32, not bfloat16" in narrower.detail
 
 
-def test_ranks_answer_with_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tensor-parallel ranks on the CPU; 3 KV heads on 2 ranks, so that heads are filled up, and an odd vocabulary."""
+def test_ranks_answer_with_their_shards_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensor-parallel ranks on the CPU; fused experts; 3 KV heads on 2 ranks, so that heads are filled up; a vocabulary cut in the middle."""
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")
     model = tmp_path / "model"
-    make_model(model, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-    server = SGLangServer(model, tmp_path / "server.log", n_ranks=2)
+    heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1}
+    make_model(model, model_type="qwen3_moe", tie_word_embeddings=False, **heads, **experts)
+    # SGLang rebuilds the tokenizer of all but a few models, to which ours does not submit.
+    server = SGLangServer(model, tmp_path / "server.log", n_ranks=2, skip_tokenizer_init=True)
     try:
         server.wait(300)
         sent = fresh(model, 1)
         update_from_disk(server.url, model, sent, tmp_path / "v1")
         assert verify(server.url, sent, n_ranks=2) == Verification("hash", True)
-        for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"):
+        for name in (
+            "model.layers.1.mlp.experts.3.down_proj.weight",
+            "model.layers.0.self_attn.v_proj.weight",
+            "model.norm.weight",
+        ):
             wrong = {**sent, name: sent[name].clone()}
             wrong[name].view(-1)[-1] += 1.0  # the last element: of a sharded tensor, the last rank's
             update_from_disk(server.url, model, wrong, tmp_path / name)
@@ -156,18 +185,12 @@ def test_a_server_without_our_loader_is_verified_by_samples(tmp_path: Path, monk
     monkeypatch.setattr("areal.inference.sglang._WEIGHT_LOADERS", ())
     model = tmp_path / "model"
     make_model(model, model_type="llama")
-    # For a Llama SGLang rebuilds the tokenizer, to which ours does not submit.
     server = SGLangServer(model, tmp_path / "server.log", skip_tokenizer_init=True)
     try:
         server.wait(300)
         weights = fresh(model, 1)
         update_from_disk(server.url, model, weights, tmp_path / "v1")
         buckets = plan_buckets([(name, t.shape, t.dtype) for name, t in weights.items()], 30_000)
-
-        def gather(bucket: BucketPlan, out: Tensor | None) -> None:
-            assert out is not None
-            for spec in bucket.tensors:
-                spec.view(out).copy_(weights[spec.name])
 
         def verify(samples: Mapping[str, np.ndarray]) -> Verification:
             async def give() -> Mapping[str, np.ndarray]:
@@ -177,7 +200,7 @@ def test_a_server_without_our_loader_is_verified_by_samples(tmp_path: Path, monk
 
         tried = set()
         for turn in range(6):
-            samples = sample_tensors(gather, buckets, turn, torch.device("cpu"))
+            samples = sample_tensors(partial(fill, weights), buckets, turn, torch.device("cpu"))
             right = verify(samples)
             assert (right.kind, right.ok) == ("samples", True) and "first rows of " in right.detail
             name = list(samples)[-1]

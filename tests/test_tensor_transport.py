@@ -153,6 +153,21 @@ def test_an_update_that_was_given_up_leaves_room_for_the_next(server: Server, mo
     assert_serves(server.url, model, weights, 71)
 
 
+@pytest.mark.gpu
+def test_on_one_gpu(model: Path, tmp_path: Path) -> None:
+    server = Server(model, tmp_path / "server.log", "rollout 0", "--device", "cuda:0")
+    sender = TensorSender("cuda:0", timeout=60)
+    try:
+        server.wait()
+        for version in (1, 2):
+            weights = weights_of(model, seed=version)
+            assert send(sender, weights, version, [server.url])[0].error is None
+            assert get(server.url, "/engine_stats")["hash"] == f"{weights_hash(weights):016x}"
+    finally:
+        sender.close()
+        server.process.kill()
+
+
 # -- bodies ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +189,7 @@ class _Call:
         {"flattened_tensor": [1], "metadata": []},
         [1, 2],
     ],
-    ids=lambda content: str(getattr(content, "_function", "no bucket")),
+    ids=["system", "eval", "getattr", "from_file", "no tensor", "a list"],  # the same in every process
 )
 def test_bodies_make_nothing_but_views(server: Server, content: Any) -> None:
     text = base64.b64encode(pickle.dumps(content)).decode()

@@ -190,6 +190,22 @@ def test_a_parameter_that_nothing_fills_is_named() -> None:
     assert combine(wanted, [ask(Fused(), wanted)]).unfilled == ["norm"]
 
 
+def test_a_rank_that_holds_only_padding_of_a_parameter_lacks_nothing() -> None:
+    class Padded(Fused):
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+            for name, loaded in weights:
+                if name == "norm":
+                    self.norm.data.copy_(torch.zeros_like(self.norm)) if self.rank else self.norm.data.copy_(loaded)
+                else:
+                    super().load_weights([(name, loaded)])
+
+    ranks = [Padded(rank, 2) for rank in range(2)]
+    for model in ranks:
+        model.load_weights((name, torch.ones(shape)) for name, shape in SHAPES.items())
+    held = combine(manifest(), [ask(model, manifest(), rank) for rank, model in enumerate(ranks)])
+    assert set(held.hashes) == set(SHAPES) and not held.unfilled and not held.unverified
+
+
 def test_a_parameter_with_new_memory_is_traced_again() -> None:
     model = Fused()
     first = combine(manifest(), [ask(model, manifest())])

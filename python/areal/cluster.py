@@ -16,7 +16,7 @@ from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightUpdateError
-from areal.inference.servers import RolloutServer, ServerStartError, start_server
+from areal.inference.servers import RolloutServer, ServerStartError, end_servers, start_server
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
@@ -125,8 +125,7 @@ class Cluster:
         self.servers.append(server)
 
     def _end_servers(self) -> None:
-        for server in self.servers:
-            server.terminate()
+        end_servers(self.servers)
 
     # -- beside the loop --------------------------------------------------------------------------------------------------------
 

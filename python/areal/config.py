@@ -132,9 +132,11 @@ class SGLangConfig(_Node):
     """SGLang servers that are started here (rollout.backend: sglang:dN)."""
 
     python: str = ""
-    """Interpreter of the environment that SGLang is installed in; empty = the one that runs areal."""
-    options: dict[str, bool | int | float | str | list[str]] = Field(default_factory=dict)
-    """Options of sglang.launch_server by their names, e.g. mem_fraction_static: 0.7; true gives a flag."""
+    """Interpreter of the environment that SGLang is installed in; empty = that of AREAL_SGLANG_PYTHON, else the one that runs areal if
+    SGLang is there, else .venv-sglang/bin/python (`make sglang-env`)."""
+    options: dict[str, bool | int | float | str | list[int | float | str]] = Field(default_factory=dict)
+    """Options of sglang.launch_server by their names, e.g. mem_fraction_static: 0.7; they win over those of areal. true gives a flag, false
+    leaves out one that areal gives."""
 
 
 class WeightSyncConfig(_Node):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
+from areal.inference.placement import rollout_device, shares_gpu
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
 
@@ -226,11 +227,22 @@ def _check_gpus(config: GRPOConfig) -> None:
             f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",
             f"set actor.backend=fsdp:d{n_gpus}, or actor.device=cpu",
         )
-    n_ranks = config.layout.n_ranks
-    if config.rollout.device != "cpu" and not config.rollout.urls and 0 < n_gpus < n_ranks:
+    if not config.rollout.urls and n_gpus:
+        _check_server_gpus(config, n_gpus)
+
+
+def _check_server_gpus(config: GRPOConfig, n_gpus: int) -> None:
+    layout = config.layout
+    if config.rollout.device != "cpu" and n_gpus < layout.n_ranks:
         raise ConfigError(
-            f"rollout.backend='{config.rollout.backend}' needs {n_ranks} GPUs for one server, and this machine has {n_gpus}",
-            f"set rollout.backend={config.layout.engine}:d{config.layout.n_servers}t{n_gpus}, or name servers of other machines in rollout.urls",
+            f"rollout.backend='{config.rollout.backend}' needs {layout.n_ranks} GPUs for one server, and this machine has {n_gpus}",
+            f"set rollout.backend={layout.engine}:d{layout.n_servers}t{n_gpus}, or name servers of other machines in rollout.urls",
+        )
+    shared = [i for i in range(layout.n_servers) if shares_gpu(config, i)]
+    if shared and config.transport == "broadcast":
+        raise ConfigError(
+            f"rollout server {shared[0]} has to share {rollout_device(config, shared[0])} with the trainer, and NCCL cannot broadcast there",
+            "set rollout.colocate=true, or weight_sync.transport=disk",
         )
 
 

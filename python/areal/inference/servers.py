@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 
 from areal.config import GRPOConfig
-from areal.config_check import parse_trainer_backend
+from areal.inference.placement import rollout_device, shares_gpu
 from areal.inference.sglang import refusal, sglang_argv, sglang_env, sglang_python
-from areal.launcher.gpus import count_gpus
 from areal.launcher.local import ChildProcess
 
 _ARGPARSE_EXIT = 2
@@ -57,24 +58,10 @@ class RolloutServer:
             self.process.terminate()
 
 
-def rollout_device(config: GRPOConfig, index: int) -> str:
-    """The (first) device of server ``index``: GPUs behind those of the trainer where there are enough, shared ones otherwise."""
-    n_ranks = config.layout.n_ranks
-    if config.rollout.device not in ("auto", "cuda"):
-        first = config.rollout.device
-        return first if first == "cpu" else f"cuda:{int(first.partition(':')[2] or 0) + index * n_ranks}"
-    n_gpus = count_gpus()
-    if n_gpus == 0:
-        return "cpu"
-    behind = 0 if config.rollout.colocate else _trainer_gpus(config)
-    if behind + config.layout.n_servers * n_ranks <= n_gpus:
-        return f"cuda:{behind + index * n_ranks}"
-    places = max(1, n_gpus // n_ranks)
-    return f"cuda:{(-(-behind // n_ranks) + index) % places * n_ranks}"
-
-
-def _trainer_gpus(config: GRPOConfig) -> int:
-    return parse_trainer_backend(config.actor.backend) if config.actor.device != "cpu" and count_gpus() else 0
+def end_servers(servers: Sequence[RolloutServer]) -> None:
+    """Ends all that were started here, together: one of SGLang's takes a second or two."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(RolloutServer.terminate, servers))
 
 
 async def start_server(config: GRPOConfig, model_dir: Path, run_dir: Path, index: int, restarts: int = 0) -> RolloutServer:
@@ -128,10 +115,10 @@ def _start_sglang(
         max_running_requests=rollout.max_running_requests,
         max_context=rollout.max_context,
         keep_prefixes=config.update_mode != "retract",
-        shared_gpu=device != "cpu" and int(device.partition(":")[2]) < _trainer_gpus(config),
+        shared_gpu=shares_gpu(config, index),
         options=config.sglang.options,
     )
-    return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python), python=python)
+    return ChildProcess(f"rollout {index}", argv, log, sglang_env(device, rollout.threads, python, config.layout.n_ranks), python=python)
 
 
 def _start_embedded(config: GRPOConfig, model_dir: Path, log: Path, index: int, port: socket.socket) -> ChildProcess:

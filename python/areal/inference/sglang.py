@@ -21,13 +21,23 @@ PYTHON_VARIABLE = "AREAL_SGLANG_PYTHON"
 
 _LAUNCH = PLUGIN / "areal_sglang_launch.py"
 _WEIGHT_LOADERS = ("areal_sglang_weights.report_hash",)
+_CPU_CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 _CPU_POOL_TOKENS = 65536
 _SHARED_GPU_FRACTION = 0.4  # of a GPU's memory, for weights and KV, where a trainer lives on it too
 _SPARE_CONTEXT = 8
 """SGLang ends an answer 2 tokens before its context length and refuses an input 6 tokens before it (managers/tp_worker.py): so much
 longer than the longest sequence its context is, or the last tokens of a long answer would silently be missing."""
 
-Option = bool | int | float | str | list[str]
+_CPU_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""SGLang allocates every bucket of weights twice anew. Faulting that in 4 KiB at a time takes longer than receiving it: glibc keeps freed
+memory, and torch asks for huge pages."""
+
+Option = bool | int | float | str | list[int | float | str]
 
 
 def sglang_argv(
@@ -109,8 +119,8 @@ def _context_length(model: Path, longest: int) -> int:
     return longest + _SPARE_CONTEXT if longest else 0
 
 
-def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
-    """Environment of the server's process, on top of ours. ``python``: as for ``sglang_python``, resolved."""
+def sglang_env(device: str, threads: int, python: str = "", n_ranks: int = 1) -> dict[str, str]:
+    """Environment of the server's process, on top of ours. ``python``: what ``sglang_python`` gave; ``threads`` of each rank on a CPU."""
     own = not python or python == sys.executable
     # Another environment must not find the packages of this one.
     libraries = [str(PLUGIN), *([os.environ["PYTHONPATH"]] if own and os.environ.get("PYTHONPATH") else [])]
@@ -132,6 +142,11 @@ def sglang_env(device: str, threads: int, python: str = "") -> dict[str, str]:
     }
     if device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
+        if n_ranks > 1 and _CPU_CORES not in os.environ:  # SGLang wants to be told once there are more ranks than NUMA nodes
+            cores = sorted(os.sched_getaffinity(0))
+            ranks = [[cores[(rank * threads + i) % len(cores)] for i in range(min(threads, len(cores)))] for rank in range(n_ranks)]
+            env[_CPU_CORES] = "|".join(",".join(map(str, rank)) for rank in ranks)
+        env |= {key: value for key, value in _CPU_MEMORY.items() if key not in os.environ}
     return env
 
 

@@ -9,7 +9,7 @@ For Qwen2, Llama and most others nothing changes at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,6 @@ class CheckpointNames:
         ]
         return BucketPlan(bucket.index, tuple(specs))
 
-    def manifest(self, buckets: Iterable[BucketPlan]) -> list[tuple[str, tuple[int, ...], str]]:
-        """Name, shape and dtype of everything on the wire, as ``weight_sync.verify`` takes it."""
-        specs = (spec for bucket in buckets for spec in self.on_the_wire(bucket).tensors)
-        return [(spec.name, spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in specs]
-
 
 class _KeepMemory(TorchDispatchMode):
     """Copies of tensors without memory stay views of what they are copies of, so that it shows where they come from."""
@@ -116,5 +111,5 @@ def _memory(tensor: Tensor) -> int:
 
 def _refused(model: PreTrainedModel, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"the weights of {type(model).__name__} cannot be sent in the form of its checkpoint: {why}; use rollout.backend=embedded:..."
+        f"the weights of {type(model).__name__} cannot be sent in the form of its checkpoint: {why}; use rollout.backend=embedded:dN, weight_sync.transport=shm"
     )

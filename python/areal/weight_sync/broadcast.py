@@ -216,20 +216,26 @@ def _first_sentence(error: Exception) -> str:
 
 
 class BroadcastSender:
-    """Rank 0's end (``stream.Sender``). ``device``: the trainer's; ``flush_cache``: servers forget their prefix caches with the last bucket.
+    """Rank 0's end (``stream.Sender``).
 
-    ``flush_cache`` must be false where requests wait inside of a server (``rollout.update_mode: retract``): SGLang dies of it.
+    Args:
+        device: the trainer's.
+        timeout: seconds that a server may keep the trainer waiting in one update.
+        flush_cache: servers forget their prefix caches with the last bucket. Must be false where requests wait inside of a server
+            (``rollout.update_mode: retract``): SGLang dies of it.
+        is_flat: a bucket is one transfer, else each of its tensors is one. None = on GPUs, where it saves launches; SGLang builds
+            a flat bucket by copying empty tensors together first, and on a CPU that is one copy of the weights more.
     """
 
-    def __init__(self, device: torch.device | str, *, timeout: float, flush_cache: bool = True, is_flat: bool = True) -> None:
+    def __init__(self, device: torch.device | str, *, timeout: float, flush_cache: bool = True, is_flat: bool | None = None) -> None:
         self.timeout = timeout
         self.version = 0
         self.buckets: Sequence[BucketPlan] = ()
         self.changed = threading.Condition()
         """Guards everything that threads share, and is notified when it changes."""
         self.is_closed = False
-        self.is_flat = is_flat
         self._device = torch.device(device)
+        self.is_flat = self._device.type == "cuda" if is_flat is None else is_flat
         self._flush_cache = flush_cache
         self._memory: list[Tensor] = []
         self._peers: list[_Peer] = []
@@ -315,12 +321,15 @@ class BroadcastSender:
 
 
 class BroadcastReceiver:
-    """A server's end: the groups it has joined, and one bucket's memory. Methods block; call them in a thread, one at a time."""
+    """A server's end: the groups it has joined, and memory for two buckets. Methods block; call them in a thread, one at a time."""
+
+    N_BUCKETS = 2
+    """What one call of ``receive`` returned is overwritten by the one after the next."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._groups: dict[str, UpdateGroup] = {}
-        self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._memory = deque(torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(self.N_BUCKETS))
 
     def join(self, name: str, address: str, port: int, rank: int, world_size: int, timeout: float) -> None:
         """Meets the others at the sender's store. ``RuntimeError`` if they do not come within ``timeout`` seconds."""
@@ -328,13 +337,14 @@ class BroadcastReceiver:
         self._groups[name] = UpdateGroup(store, name, rank, world_size, self._device, local_address(address, port), timeout)
 
     def receive(self, name: str, bucket: BucketPlan, is_flat: bool, timeout: float) -> dict[str, Tensor]:
-        """The bucket's tensors, in memory that the next call uses again. ``RuntimeError`` if the sender is gone; the group ends then.
+        """The bucket's tensors. ``RuntimeError`` if the sender is gone; the group ends then.
 
         ``is_flat``: they come as one piece, not one by one.
         """
-        if len(self._memory) < bucket.nbytes:
-            self._memory = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
-        data = self._memory[: bucket.nbytes]
+        self._memory.rotate()
+        if len(self._memory[0]) < bucket.nbytes:
+            self._memory[0] = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        data = self._memory[0][: bucket.nbytes]
         tensors = {spec.name: spec.view(data) for spec in bucket.tensors}
         try:
             if not self._groups[name].broadcast([data] if is_flat else tensors.values(), timeout).wait(timeout):
@@ -348,4 +358,5 @@ class BroadcastReceiver:
         return name in self._groups
 
     def leave(self, name: str) -> None:
-        self._groups.pop(name).abort()
+        if (group := self._groups.pop(name, None)) is not None:
+            group.abort()

@@ -103,7 +103,10 @@ class CheckpointReader:
         order = {path: index for index, path in enumerate(self._descriptors)}
         for name in sorted(parameters, key=lambda name: (order[self.tensors[name].path], self.tensors[name].offset)):
             source = self.tensors[name]
-            read_tensor(self._descriptors[source.path], source, parameters[name])
+            try:
+                read_tensor(self._descriptors[source.path], source, parameters[name])
+            except OSError as error:
+                raise OSError(f"'{name}' could not be read, and parameters before it are new already ({error}); update again") from error
 
     def close(self) -> None:
         self._open.close()

@@ -123,8 +123,9 @@ class _Buffer:
         self._handle: tuple[Any, ...] = ()
         if device.type == "cuda":
             self.data = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            # One handle for good: torch would make the storage's owner one link longer with each. Whoever writes waits for the event
-            # of its own writes, since the handle's event is that of now.
+            # One handle for good: torch would make the storage's owner one link longer with each. The handle's event is that of now, so
+            # the sender waits for its writes before it tells a server. That the server has read is known by its answer: before that it
+            # lets go of the memory, and torch then waits for what its stream still does there.
             rebuild, arguments = reductions.reduce_tensor(self.data)
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._handle = (rebuild, (*arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :]))
@@ -296,7 +297,7 @@ class _Unpickler(pickle.Unpickler):
         ("types", "SimpleNamespace"): SimpleNamespace,
         ("torch", "Size"): torch.Size,
         ("torch", "Tensor"): Tensor,
-        ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+        ("torch.storage", "TypedStorage"): torch.storage.TypedStorage,
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -108,7 +108,7 @@ class WeightUpdater:
         self._announced = asyncio.Event()
         self._digests: dict[int, str] = {}
         self._numbered = asyncio.Lock()
-        """Held while the trainer's weights have no number yet, and while a server joins: it would join with others than it is told."""
+        """Held while a server joins, and while it would get other weights than those of the number that it is told."""
         self._updating = asyncio.Lock()
         self._verified: set[str] = set()
 
@@ -126,7 +126,10 @@ class WeightUpdater:
 
     @asynccontextmanager
     async def changing_weights(self) -> AsyncIterator[None]:
-        """Around a train step and the ``publish`` that numbers its result: no server joins meanwhile."""
+        """Around a train step and the ``publish`` that numbers its result: no server joins meanwhile where it would be sent these weights."""
+        if not self.streams:
+            yield
+            return
         async with self._numbered:
             yield
 
@@ -209,11 +212,10 @@ class WeightUpdater:
                 self._client.add_server(server.url, server.process)
             else:
                 update = _Update(self.published.version, [server])
-                failed = await self._transfer(update)
-                if failed:
-                    self._client.remove_server(server.url, failed[server.url])
-                    raise WeightUpdateError(failed[server.url])
+                self._take_out(update, await self._transfer(update))
                 await self._verify(update)
+                if not update.servers:
+                    raise WeightUpdateError(f"{server.name} at {server.url} did not get version {update.version}; the reason was logged")
                 self._client.add_server(server.url, server.process, version=update.version)
 
     # -- one update --------------------------------------------------------------------------------------------------------------

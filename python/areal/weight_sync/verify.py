@@ -108,15 +108,16 @@ async def verify_server(
                 expected = await samples() if samples is not None else {}
                 return await _compare_samples(wire, f"{who}, which was not started with --custom-weight-loader {LOADER},", expected)
             answers = await _ask(wire, server.get("tp_size") or n_ranks, server.get("pp_size") or 1, manifest)
-            if isinstance(answers, str):
-                return Verification("none", True, f"{who} cannot be verified: {answers}")
-            return await _compare(who, combine(manifest, answers), manifest, expected_hash, tensor_hashes)
     except (WireError, HTTPStatusError, TimeoutError) as error:
         reason = str(error) or f"no answer within {timeout:g} s (weight_sync.timeout)"
         return Verification("none", False, f"{who} did not say what weights it holds: {reason}")
     finally:
         wire.close()
         await wire.wait_closed()
+    if isinstance(answers, str):
+        return Verification("none", True, f"{who} cannot be verified: {answers}")
+    # The trainer, which is asked for its side of a difference, has deadlines of its own.
+    return await _compare(who, combine(manifest, answers), manifest, expected_hash, tensor_hashes)
 
 
 class AnswerListener:

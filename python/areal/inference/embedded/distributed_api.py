@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,8 @@ _TIMEOUT = 300.0
 
 
 class _Loader(Protocol):
+    async def to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response: ...
+
     async def update_in_parts(self, fetch: Callable[[], Mapping[str, Tensor]], body: dict[str, Any]) -> web.Response: ...
 
 
@@ -28,6 +30,9 @@ class DistributedAPI:
     def __init__(self, loader: _Loader, device: torch.device) -> None:
         self._loader = loader
         self._receiver = BroadcastReceiver(device)
+        self._receiving = asyncio.Lock()
+        self._free = asyncio.Semaphore(BroadcastReceiver.N_BUCKETS)
+        """Memory for buckets: one may arrive while the one before it is being loaded."""
 
     @property
     def routes(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
@@ -62,15 +67,21 @@ class DistributedAPI:
             ]
         except (KeyError, TypeError, ValueError, AttributeError):
             return failure("give names, dtypes and shapes, one of each a tensor")
-        if any(dtype.itemsize != described[0][2].itemsize for _, _, dtype in described):
-            return failure("send tensors of one dtype at a time")  # so that each can be looked at where it arrives
-        buckets = plan_buckets(described, 1 << 62)
+        if not described or any(dtype.itemsize != described[0][2].itemsize for _, _, dtype in described):
+            return failure("send tensors, of one dtype at a time")  # so that each can be looked at where it arrives
+        (bucket,) = plan_buckets(described, 1 << 62)
         is_flat = body.get("load_format") == "flattened_bucket"
 
-        def fetch() -> dict[str, Tensor]:
-            return self._receiver.receive(name, buckets[0], is_flat, _TIMEOUT) if buckets else {}
+        async def update() -> web.Response:
+            async with self._free:
+                async with self._receiving:
+                    try:
+                        tensors = await asyncio.to_thread(self._receiver.receive, name, bucket, is_flat, _TIMEOUT)
+                    except RuntimeError as error:
+                        return failure(f"the weights were not received: {error}")
+                return await self._loader.update_in_parts(lambda: tensors, body)
 
-        return await self._loader.update_in_parts(fetch, body)
+        return await self._loader.to_the_end(update())
 
     async def destroy_group(self, http: web.Request) -> web.Response:
         name = str(parse_object(await http.read()).get("group_name"))

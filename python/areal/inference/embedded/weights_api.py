@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from aiohttp import web
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from areal.inference.embedded.distributed_api import DistributedAPI
 from areal.inference.embedded.driver import EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
 from areal.inference.embedded.http_json import failure, json_response, parse_object
+from areal.inference.embedded.loaded_parts import LoadedParts
 from areal.inference.embedded.tensor_api import TensorAPI
 from areal.ops.weights_hash import weights_hash
 from areal.weight_sync.checkpoint_reader import open_checkpoint
@@ -26,6 +26,8 @@ _SHM_TIMEOUT = 30.0
 _QUIET_TIMEOUT = 120.0
 """Seconds that a part of the weights waits for the requests that run; as in SGLang a pause or an abort spares it the waiting."""
 _QUIET_POLL = 0.005
+
+T = TypeVar("T")
 
 
 class WeightsAPI:
@@ -41,6 +43,7 @@ class WeightsAPI:
         self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
         self._updates: set[asyncio.Task[web.Response]] = set()
+        self._parts = LoadedParts()
         self._tensor = TensorAPI(self)
         self._distributed = DistributedAPI(self, engine.device)
 
@@ -122,35 +125,46 @@ class WeightsAPI:
             async with self._update_lock:
                 try:
                     tensors = await asyncio.to_thread(fetch)
-                    await self._load_part(tensors, body)
+                    loaded = await self._when_quiet(lambda engine: self._load_part(engine, tensors, body))
                 except (ValueError, OSError, RuntimeError) as error:
                     return failure(f"the weights were not updated: {error}")
-                label = body.get("weight_version")
-                if label is None:
+                if loaded is None:
                     return json_response({"success": True, "message": f"{len(tensors)} tensors loaded."})
-                number = int(label) if str(label).isdigit() else self._engine.version + 1
-                return await self._update(lambda parameters: number, body, str(label))
+                version, self.hash = loaded
+                self.label = str(body["weight_version"])
+                return self._updated(version)
 
         return await self.to_the_end(update())
 
-    async def _load_part(self, tensors: Mapping[str, Tensor], body: dict[str, Any]) -> None:
-        def load(engine: EmbeddedEngine) -> bool:
-            if body.get("abort_all_requests"):
-                engine.abort(None)
+    async def _when_quiet(self, load: Callable[[EmbeddedEngine], T]) -> T:
+        def attempt(engine: EmbeddedEngine) -> tuple[T] | None:
             if not engine.paused and engine.n_running + engine.n_waiting:
-                return False
-            parameters = engine.parameters()
-            unknown = set(tensors) - set(parameters)
-            if unknown:
-                raise ValueError(f"the model has no tensor '{min(unknown)}'")
-            _copy_all(tensors, {name: parameters[name] for name in tensors})
-            return True
+                return None
+            return (load(engine),)
 
         deadline = time.monotonic() + _QUIET_TIMEOUT
-        while not await self._driver.call(load, is_long=True):
+        while (done := await self._driver.call(attempt, is_long=True)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"requests kept running for {_QUIET_TIMEOUT:g} s; pause or abort them first")
             await asyncio.sleep(_QUIET_POLL)
+        return done[0]
+
+    def _load_part(self, engine: EmbeddedEngine, tensors: Mapping[str, Tensor], body: dict[str, Any]) -> tuple[int, str] | None:
+        """Version and hash once all parts are there, which no step may come before: it would stamp the old version."""
+        start = time.time()
+        parameters = engine.parameters()
+        unknown = set(tensors) - set(parameters)
+        if unknown:
+            raise ValueError(f"the model has no tensor '{min(unknown)}'")
+        self._parts.load(tensors, {name: parameters[name] for name in tensors})
+        label = body.get("weight_version")
+        loaded = None
+        if label is not None:
+            number = int(label) if str(label).isdigit() else engine.version + 1
+            engine.update_weights(lambda _: number)
+            loaded = number, self._parts.hash(parameters)
+        self._driver.add_span("weight_sync", start, time.time())
+        return loaded
 
     async def to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response:
         """Also when the client goes: the next update must not find the staging memory in use by a thread that nobody waits for."""
@@ -174,6 +188,7 @@ class WeightsAPI:
             if mode == "abort" or body.get("abort_all_requests"):
                 engine.abort(None)
             engine.update_weights(load, None if mode == "abort" else mode)
+            self._parts.forget()
             result = engine.version, _hash_of(engine)
             self._driver.add_span("weight_sync", start, time.time())
             return result
@@ -181,23 +196,16 @@ class WeightsAPI:
         try:
             version, self.hash = await self._driver.call(update, is_long=True)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError):  # a disk that fails in the middle leaves a part of the new weights
+                self.hash = await self._driver.call(_hash_of, is_long=True)
             return failure(f"the weights were not updated: {error}")
         self.label = label or str(version)
+        return self._updated(version)
+
+    def _updated(self, version: int) -> web.Response:
         message = f"Weights updated to version {version}."
         return json_response({"success": True, "message": message, "version": version, "hash": self.hash, "num_paused_requests": 0})
 
 
 def _hash_of(engine: EmbeddedEngine) -> str:
     return f"{weights_hash(engine.parameters()):016x}"
-
-
-def _copy_all(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Copies every parameter; raises ValueError before the first copy if names or shapes differ."""
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor '{name}'")
-        if tensors[name].shape != parameter.shape:
-            raise ValueError(f"tensor '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}")
-    for name, parameter in parameters.items():
-        with torch.inference_mode():
-            parameter.copy_(tensors[name])

@@ -67,13 +67,16 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._index = {_storage(tensor): index for index, tensor in enumerate(ours)}
         self.held: list[Held] = []
+        self.padded: set[int] = set()
+        """Memory into which the loader writes constants: a rank may hold nothing but padding of a parameter."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if func is _aten.copy_.default:
             return self._copy(*args[:2])
-        if func in _PADDING:
+        if func in _PADDING and first is not None:
+            self.padded.add(_storage(first))
             return first
         # Onto another device, into another dtype, into contiguous memory: for the question of what goes where, the same tensor.
         if func in (_aten._to_copy.default, _aten.clone.default) and first is not None and _storage(first) in self._index:
@@ -87,8 +90,9 @@ class _Recorder(TorchDispatchMode):
         raise NotACopy(f"the model's loader computes {func.name()} with it")
 
     def _copy(self, target: Tensor, source: Tensor) -> Tensor:
-        if not source.is_meta:
-            return target  # padding: whatever is made from ours has no memory either
+        if not source.is_meta:  # a constant: whatever is made from ours has no memory either
+            self.padded.add(_storage(target))
+            return target
         index = self._index.get(_storage(source))
         if index is None:
             raise NotACopy("the model's loader copies something computed from it")
@@ -125,7 +129,7 @@ def trace_load(model: Any, wanted: Sequence[Wanted]) -> Trace:
         else:
             break  # also if it did not ask for all: the others are not loaded
     held = [h for h in recorder.held if h.index not in unmapped]
-    filled = {_storage(h.place) for h in held}
+    filled = {_storage(h.place) for h in held} | recorder.padded
     unfilled = [name for name, parameter in model.named_parameters() if _storage(parameter) not in filled]
     return Trace(held, unmapped, unfilled)
 
