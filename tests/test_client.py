@@ -313,7 +313,7 @@ def test_client_tells_a_wrong_protocol(answer: Any, error: type[Exception]) -> N
 
 
 def test_a_streamed_request_that_the_server_forgot_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("areal.inference.client._ABORT_TIMEOUT", 0.1)
+    monkeypatch.setattr("areal.inference.exchange._ABORT_TIMEOUT", 0.1)
     said: list[tuple[str, Any]] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:

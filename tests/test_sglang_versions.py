@@ -49,7 +49,7 @@ def test_every_token_of_200_generations_has_the_version_that_sampled_it(models: 
     pauses: list[float] = []
 
     async def main() -> list[Any]:
-        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="retract")
+        client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
         await update_from_disk(client, server.url, models, 0)
 
         async def update(version: int) -> None:
@@ -68,7 +68,7 @@ def test_every_token_of_200_generations_has_the_version_that_sampled_it(models: 
 
 def test_requests_with_stop_strings_are_sent_again(models: list[Path], server: SGLangServer) -> None:
     async def main() -> list[Any]:
-        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="retract")
+        client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
         await update_from_disk(client, server.url, models, 0)
         # SGLang holds back a token that could be the beginning of "5+=", but these characters never come in this order.
         gconfig = GenerationConfig(max_new_tokens=80, ignore_eos=True, stop=["5+=-+5"])
@@ -85,7 +85,7 @@ def test_requests_with_stop_strings_are_sent_again(models: list[Path], server: S
 
 def test_a_stream_that_breaks_off_is_no_reason_to_lose_the_server(server: SGLangServer, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="retract")
+        client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
         known = client_module.sampling_params
         monkeypatch.setattr(client_module, "sampling_params", lambda gconfig: {**known(gconfig), "no_such_parameter": 1})
         with pytest.raises(RequestRejected, match="is well, failed 6 times"):
@@ -103,7 +103,7 @@ def test_what_a_killed_server_had_streamed_is_kept(models: list[Path], server: S
     other = Server(models[2], tmp_path / "rollout_1.log", "rollout 1").wait()
 
     async def main() -> list[Any]:
-        client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="retract")
+        client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
         await update_from_disk(client, server.url, models, 1)
         gconfig = GenerationConfig(max_new_tokens=300, ignore_eos=True)
         tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4, 3 + i], gconfig))) for i in range(8)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import GenerationConfig, RolloutConfig
+from areal.inference.exchange import Exchanges, ask_kind
 from areal.inference.generate_protocol import PartialAnswer, ProtocolError, RequestRejected, Submission, sampling_params
 from areal.inference.interruption import InterruptFailed, InterruptMode, end_all, interrupt, resume
 from areal.inference.router import Route, Router, Server, ServerDied, WatchedProcess
@@ -25,7 +26,6 @@ from areal.types import ModelRequest, ModelResponse, StopReason
 
 _RETRY_FIRST, _RETRY_LAST, _RETRIES = 0.05, 1.0, 6
 _CONTROL_TIMEOUT = 10.0
-_ABORT_TIMEOUT = 5.0
 __all__ = [
     "InterruptFailed",
     "ProtocolError",
@@ -69,7 +69,7 @@ class RolloutClient:
         self._newest = 0
         self._sampling: dict[int, tuple[GenerationConfig, dict[str, Any]]] = {}
         self._rids = (f"{prefix}-{n}" for prefix in [secrets.token_hex(4)] for n in itertools.count())
-        self._abandoned: set[asyncio.Task[Any]] = set()  # exchanges that nobody waits for any more
+        self._exchanges = Exchanges(self._router, streams=self.update_mode != "abort", silence=self.config.request_timeout / 4)
         for index, url in enumerate(urls):
             self.add_server(url, processes[index] if index < len(processes) else None)
 
@@ -131,7 +131,7 @@ class RolloutClient:
     async def close(self) -> None:
         """Closes every connection, which ends what the servers generate for us."""
         await self._router.close()
-        await asyncio.gather(*self._abandoned, return_exceptions=True)
+        await self._exchanges.wait_ended()
 
     # -- generation ------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class RolloutClient:
             if chosen is not server:  # what another server did says nothing about this one
                 failures, server = 0, chosen
             try:
-                await self._submit(server, submission, request, seed)
+                await self._exchanges.submit(server, submission, self._body(submission, request, seed))
             except (WireError, HTTPStatusError) as error:
                 if n_before and isinstance(error, HTTPStatusError) and error.status == 400:
                     return "length"  # SGLang refuses inputs six tokens short of the context, which it lets answers grow into
@@ -195,109 +195,14 @@ class RolloutClient:
             if idle_aborts > 1 and server.gate_open:  # a server that is closing, or paused: do not spin
                 await asyncio.sleep(min(_RETRY_LAST, _RETRY_FIRST * idle_aborts))
 
-    async def _submit(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
-        """One POST /generate; what comes back goes into the submission.
-
-        If the caller is cancelled, the server is told, and the submission counts as in flight until the server has ended it: weights
-        must not change under it, and SGLang itself looks only every few seconds whether a client is still there.
-        """
-        exchange = asyncio.create_task(self._exchange(server, submission, request, seed))
-        try:
-            await asyncio.shield(exchange)
-        except asyncio.CancelledError:
-            if not exchange.done():
-                self._abandon(server, submission, exchange)
-            raise
-
-    async def _stream(self, server: Server, submission: Submission, body: dict[str, Any], take: Callable[[Any], None]) -> None:
-        """Reads a streamed answer. SGLang 0.5.14 was seen to forget a request that waited in it through several pauses, so one that shows
-        nothing for a quarter of ``request_timeout`` is aborted, and sent again whether the server answers to that or not."""
-        stream = asyncio.ensure_future(server.wire.events("/generate", {**body, "stream": True}, take))
-        shown = -1
-        try:
-            while not stream.done():
-                await asyncio.wait([stream], timeout=self.config.request_timeout / 4)
-                if not stream.done() and submission.n_new == shown and server.gate_open:
-                    await self._ask(server, "POST", "/abort_request", {"rid": submission.rid})
-                    await asyncio.wait([stream], timeout=_ABORT_TIMEOUT)
-                    break
-                shown = submission.n_new
-            if not stream.done():
-                raise WireError(f"{server.url} does not answer to request {submission.rid}, nor to its abortion")
-            await stream
-        finally:
-            stream.cancel()
-
-    def _abandon(self, server: Server, submission: Submission, exchange: asyncio.Task[Any]) -> None:
-        """Has the server end a submission whose tokens nobody wants any more."""
-        for task in (exchange, asyncio.create_task(self._end(server, submission.rid, exchange))):
-            self._abandoned.add(task)
-            task.add_done_callback(self._forget)
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._abandoned.discard(task)
-        if not task.cancelled():
-            task.exception()  # or asyncio logs that nobody asked for it
-
-    async def _exchange(self, server: Server, submission: Submission, request: ModelRequest, seed: int | None) -> None:
-        tokens, exchange = submission.done.tokens, asyncio.current_task()
-        assert exchange is not None
-
-        def take(answer: Any) -> None:
-            server.n_heard += 1
-            was_lost = submission.is_lost
-            submission.take(answer, server.url)
-            if submission.is_lost and not was_lost:
-                self._abandon(server, submission, exchange)
-
-        body: dict[str, Any] = {
+    def _body(self, submission: Submission, request: ModelRequest, seed: int | None) -> dict[str, Any]:
+        tokens = submission.done.tokens
+        return {
             "rid": submission.rid,
             "input_ids": [*request.input_ids, *tokens],
             "sampling_params": self._sampling_params(request.gconfig, seed, len(tokens)),
             "return_logprob": True,
         }
-        try:
-            submission.streamed = await self._streams(server)
-            if submission.streamed:
-                await self._stream(server, submission, body, take)
-            else:
-                take(await server.wire.call("POST", "/generate", body, timeout=None))  # agenerate has the deadline
-            if submission.reason is None:
-                raise ProtocolError(f"{server.url} ended an answer without a finish reason")
-        finally:
-            self._router.release(server, submission)
-        if submission.n_new:
-            server.stamps = submission.stamped
-
-    async def _end(self, server: Server, rid: str, exchange: asyncio.Task[Any]) -> None:
-        """Has the server abort a request, again while it goes on: the first time it may not know of it yet."""
-        pause = _RETRY_FIRST
-        while not exchange.done() and server.live:
-            try:
-                await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=_CONTROL_TIMEOUT)
-            except (WireError, HTTPStatusError, TimeoutError):
-                pass  # it is dying, or busy
-            await asyncio.wait([exchange], timeout=pause)
-            pause = min(_RETRY_LAST, 2 * pause)
-
-    async def _streams(self, server: Server) -> bool:
-        """Whether its answers are streamed: where requests stay in a server through an update and it stamps no versions."""
-        if self.update_mode == "abort":
-            return False
-        if server.stamps is None:
-            await self._ask_kind(server)
-        return not server.stamps
-
-    async def _ask(self, server: Server, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """A call that is part of a request: too late an answer is a failure of the server, not the deadline of the request."""
-        try:
-            return await server.wire.call(method, path, body, timeout=_CONTROL_TIMEOUT)
-        except TimeoutError:
-            raise WireError(f"{server.url} did not answer to {path} within {_CONTROL_TIMEOUT:g} s") from None
-
-    async def _ask_kind(self, server: Server) -> None:
-        info = await self._ask(server, "GET", "/model_info")
-        server.stamps = isinstance(info, dict) and str(info.get("engine", "")).startswith("areal")
 
     async def _after_failure(self, server: Server, failures: int, error: WireError | HTTPStatusError) -> None:
         """Counts a server out when its process is dead or it answers nobody; else waits a little, or raises RequestRejected."""
@@ -346,7 +251,7 @@ class RolloutClient:
         server = self._the(url)
         if self.update_mode != "abort" and server.stamps is None:
             try:
-                await self._ask_kind(server)
+                await ask_kind(server)
             except (WireError, HTTPStatusError) as error:
                 raise InterruptFailed(f"{url} could not be stopped for new weights: {error}") from error
         await interrupt(server, self.update_mode, self._interrupt_timeout)
