@@ -85,3 +85,26 @@ def test_two_ranks_by_files_and_a_disk_that_is_gone(server: Server, model: Path,
     sent = asyncio.run(scenario())
     stats = get(server.url, "/engine_stats")
     assert (stats["version"], stats["hash"]) == (2, sent)
+
+
+def test_the_hash_of_files_is_by_the_names_of_the_engine_that_reads_them(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    make_model(tmp_path / "model", model_type="qwen3_moe", **experts)  # a checkpoint of it has a tensor for each expert, the engine one for all
+    server = Server(tmp_path / "model", tmp_path / "server.log")
+
+    async def scenario() -> str:
+        config = make_config(tmp_path / "model", tmp_path).new(weight_sync={"transport": "disk"})
+        trainer = await TrainerHandle.start(config, tmp_path / "model", tmp_path / "run")
+        try:
+            await trainer.train_step(make_batch())
+            result = await trainer.write_weights(1, want_hash=True)
+            post(server.wait().url, "/update_weights_from_disk", {"model_path": result.outcomes[0].url, "weight_version": "1"})
+            return f"{result.hash:016x}"
+        finally:
+            await trainer.close()
+
+    try:
+        sent = asyncio.run(scenario())
+        assert get(server.url, "/engine_stats")["hash"] == sent != hash_of(tmp_path / "model")
+    finally:
+        server.process.kill()

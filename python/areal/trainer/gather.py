@@ -51,9 +51,13 @@ class WeightGatherer:
         itemsize = self._dtype.itemsize
         return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
 
+    def as_parameters(self, bucket: BucketPlan) -> BucketPlan:
+        """The same bytes as one of ``bucket_plan``'s buckets, by the names that the parameters have here."""
+        return self._in_memory.get(bucket, bucket)
+
     def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
-        bucket = self._in_memory.get(bucket, bucket)
+        bucket = self.as_parameters(bucket)
         with torch.no_grad():
             if self._rank != 0:
                 self._send(bucket)

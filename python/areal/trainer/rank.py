@@ -108,7 +108,11 @@ class Rank:
         if self._is_first and self._sender is None:
             self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
         self._engine.version = version
-        return stream_weights(self._engine.gatherer.gather, self._buckets, self._sender, version, targets, want_hash)
+        gatherer = self._engine.gatherer
+        if self._config.layout.engine == "sglang":
+            return stream_weights(gatherer.gather, self._buckets, self._sender, version, targets, want_hash)
+        # The embedded engine hashes its parameters by their own names, also when they come from the files of a checkpoint.
+        return stream_weights(gatherer.gather, self._buckets, self._sender, version, targets, want_hash, gatherer.as_parameters)
 
     def rpc_manifest(self) -> list[tuple[str, tuple[int, ...], str]]:
         return [(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for bucket in self._buckets for t in bucket.tensors]

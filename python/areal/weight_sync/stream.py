@@ -81,7 +81,7 @@ class SendResult:
 
     outcomes: list[Outcome]
     hash: int | None
-    """``weights_hash`` of what was sent, by the names on the wire; None if it was not asked for."""
+    """``weights_hash`` of what was sent, by the names that the servers hold it under; None if it was not asked for."""
     seconds: float
     """From the first gather to the last server's answer."""
 
@@ -132,9 +132,11 @@ def stream_weights(
     version: int,
     targets: Sequence[Target] = (),
     want_hash: bool = False,
+    as_held: Callable[[BucketPlan], BucketPlan] = lambda bucket: bucket,
 ) -> SendResult | None:
     """One update, bucket by bucket: a collective. Ranks other than 0 have no ``sender`` and get None.
 
+    ``as_held``: a bucket as the servers know its bytes, where they give them other names than the wire; the hash is by these.
     Also when every target has failed all buckets are gathered, because the other ranks would wait for rank 0.
     """
     if sender is None:
@@ -149,7 +151,7 @@ def stream_weights(
         gather(bucket, data)
         sender.send(bucket, data)
         if want_hash:  # while it is on the wire, which only reads it
-            digest += weights_hash({spec.name: spec.view(data) for spec in bucket.tensors})
+            digest += weights_hash({spec.name: spec.view(data) for spec in as_held(bucket).tensors})
     known = digest & _MASK if want_hash else None
     return SendResult(sender.finish(known), known, time.monotonic() - start)
 
