@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from rollout_servers import make_model
 from trainer_setup import make_batch, make_config
 from weight_servers import Weights, call, freeze, start_server
 
 from areal.trainer.worker import TrainerHandle
+from areal.weight_sync import broadcast
 from areal.weight_sync.broadcast import BroadcastSender
 from areal.weight_sync.calls import CallFailed, post
+from areal.weight_sync.groups import UpdateGroup
 from areal.weight_sync.stream import Target
 
 pytestmark = pytest.mark.timeout(600)
@@ -196,3 +200,43 @@ def test_groups_end_with_the_servers_consent(model: Path, servers) -> None:
         post(server.url, "/update_weights_from_distributed", {"group_name": "nobody", "names": []}, 10)
     with pytest.raises(CallFailed, match="give master_address"):
         post(server.url, "/init_weights_update_group", {}, 10)
+
+
+def test_a_first_broadcast_that_waits_for_the_server_does_not_keep_it_from_being_called(model: Path, servers, monkeypatch) -> None:
+    """As with NCCL, whose communicator is made by the first broadcast, of both sides together."""
+    was_called = threading.Event()
+
+    class ConnectsLate(UpdateGroup):
+        def broadcast(self, tensors, timeout):
+            if not was_called.wait(20):
+                raise RuntimeError("the server was never told to receive")
+            return super().broadcast(tensors, timeout)
+
+    def noted_post(url, path, body, timeout):
+        if path == "/update_weights_from_distributed":
+            was_called.set()
+        return post(url, path, body, timeout)
+
+    monkeypatch.setattr(broadcast, "UpdateGroup", ConnectsLate)
+    monkeypatch.setattr(broadcast, "post", noted_post)
+    (server,) = servers("embedded")
+    weights = Weights(model, SMALL_BUCKETS)
+    with broadcast_sender() as sender:
+        assert [o.error for o in weights.send(sender, 1, [server.url]).outcomes] == [None]
+    weights.assert_held_by(server.url, 1)
+
+
+def test_a_group_of_nccl_does_not_end_the_process_with_its_server(monkeypatch) -> None:
+    class FakeNCCL:
+        class Options:
+            _timeout = None
+
+        def __init__(self, *_: object) -> None:
+            self.errors = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNCCL, raising=False)
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    store = torch.distributed.HashStore()
+    group = UpdateGroup(store, "name", 0, 2, torch.device("cuda", 0), "127.0.0.1", 1.0)
+    assert group._backend.errors == "2", "CleanUpOnly"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ, "the trainer's own groups keep theirs"

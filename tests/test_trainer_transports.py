@@ -89,7 +89,9 @@ def test_two_ranks_by_files_and_a_disk_that_is_gone(server: Server, model: Path,
 
 def test_the_hash_of_files_is_by_the_names_of_the_engine_that_reads_them(tmp_path: Path) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    make_model(tmp_path / "model", model_type="qwen3_moe", **experts)  # a checkpoint of it has a tensor for each expert, the engine one for all
+    make_model(
+        tmp_path / "model", model_type="qwen3_moe", **experts
+    )  # a checkpoint of it has a tensor for each expert, the engine one for all
     server = Server(tmp_path / "model", tmp_path / "server.log")
 
     async def scenario() -> str:

@@ -157,21 +157,22 @@ class _Peer:
             return self._queue.popleft()
 
     def _send(self, bucket: BucketPlan, data: Tensor, is_proven: bool) -> None:
-        transfer = self._start(bucket, data)
+        starting = self._start(bucket, data)
         if not is_proven:
             # SGLang dies of a call that names a group it does not know, as after a restart at the same address.
             try:
-                transfer.wait(_PROBE_SECONDS)
+                if starting.ended(_PROBE_SECONDS):
+                    starting.result().wait(_PROBE_SECONDS)
             except RuntimeError:
                 self._connection = self._sender.connect(self.target, self.seconds_left())
-                transfer = self._start(bucket, data)
+                starting = self._start(bucket, data)
         assert self._connection is not None
         body = self._sender.call_for(bucket) | {"group_name": self._connection.name}
         url, seconds = self.target.url, self.seconds_left() + _GRACE_SECONDS
         call = Task(f"bucket {bucket.index}", lambda: post(url, "/update_weights_from_distributed", body, seconds))
         self._answers.append((bucket, call))
         try:
-            while not transfer.wait(_SLICE_SECONDS):
+            while not (starting.ended(_SLICE_SECONDS) and starting.result().wait(_SLICE_SECONDS)):
                 self._check_answers(0.0)
                 self._check_time()
         except CallFailed:
@@ -180,10 +181,12 @@ class _Peer:
             self._check_answers(_WORDS_SECONDS)
             raise _Failed(f"the transfer broke ({_first_sentence(error)})") from error
 
-    def _start(self, bucket: BucketPlan, data: Tensor) -> Transfer:
+    def _start(self, bucket: BucketPlan, data: Tensor) -> Task[Transfer]:
+        """In a thread: the first broadcast of NCCL connects, and returns only when the server, which must be called for that, does so too."""
         assert self._connection is not None
         tensors = [data] if self._sender.is_flat else [spec.view(data) for spec in bucket.tensors]
-        return self._connection.group.broadcast(tensors, self.seconds_left() + _GRACE_SECONDS)
+        group, seconds = self._connection.group, self.seconds_left() + _GRACE_SECONDS
+        return Task(f"send bucket {bucket.index}", lambda: group.broadcast(tensors, seconds))
 
     def _check_answers(self, timeout: float) -> None:
         """Forgets the calls that were answered; ``CallFailed`` for one that was not answered well."""

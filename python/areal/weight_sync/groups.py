@@ -7,6 +7,7 @@ trainer's own group nor another server's. The keys in the store are those that S
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
 _POLL_SECONDS = 0.0005
+_NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Read by the constructor of a group of NCCL (ErrorHandlingMode in torch's ProcessGroupNCCL.hpp)."""
 
 
 def local_address(host: str, port: int) -> str:
@@ -61,7 +64,15 @@ class UpdateGroup:
 
             options = ProcessGroupNCCL.Options()
             options._timeout = limit
-            self._backend = ProcessGroupNCCL(nested, rank, world_size, options)
+            # NCCL's watchdog would end this process with the first server that fails; 2: it only aborts that server's group.
+            before = os.environ.get(_NCCL_ERRORS)
+            os.environ[_NCCL_ERRORS] = "2"
+            try:
+                self._backend = ProcessGroupNCCL(nested, rank, world_size, options)
+            finally:
+                os.environ.pop(_NCCL_ERRORS)
+                if before is not None:
+                    os.environ[_NCCL_ERRORS] = before
         else:
             options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._timeout = limit
