@@ -78,6 +78,18 @@ def test_a_server_that_lives_but_was_given_up_is_replaced(tmp_path: Path) -> Non
     _with_cluster(_config(tmp_path), scenario)
 
 
+def test_a_server_that_hangs_during_an_update_is_replaced(tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        hung = cluster.servers[0]
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        await cluster.weights.publish(1)
+        await _until(lambda: hung.process.poll() is not None)
+        await _until(lambda: cluster.client.acked_version == 1)
+        assert cluster.servers[0].restarts == 1
+
+    _with_cluster(_config(tmp_path, request_timeout=5), scenario)
+
+
 def test_a_replacement_that_cannot_start_is_replaced_in_its_turn(tmp_path: Path) -> None:
     config = tmp_path / "model" / "config.json"
 

@@ -270,16 +270,21 @@ class RolloutClient:
 
     # -- control ---------------------------------------------------------------------------------------------------------------
 
-    async def update_weights_from_shm(self, name: str, version: int) -> dict[str, WeightsAck]:
+    async def update_weights_from_shm(self, name: str, version: int) -> dict[str, WeightsAck | WeightUpdateError]:
         """Tells every live server to take at least ``version`` from shared memory ``name``; a server that dies meanwhile is left out.
 
-        Raises:
-            WeightUpdateError: a server that lives did not do it within ``request_timeout`` seconds.
+        A server that lives and did not do it within ``request_timeout`` seconds has its error among the answers: remove it.
         """
         self._newest = max(self._newest, version)
         servers = self._router.live()
-        acks = await asyncio.gather(*(self._update(server, name, version) for server in servers))
-        return {server.url: ack for server, ack in zip(servers, acks, strict=True) if ack is not None}
+        answers = await asyncio.gather(*(self._update(server, name, version) for server in servers), return_exceptions=True)
+        found: dict[str, WeightsAck | WeightUpdateError] = {}
+        for server, answer in zip(servers, answers, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, WeightUpdateError):
+                raise answer
+            if answer is not None:
+                found[server.url] = answer
+        return found
 
     async def update_server(self, url: str, name: str, version: int, process: WatchedProcess | None = None) -> WeightsAck:
         """The same for one server, before ``add_server`` lets requests go there: to be called directly after, with no await between.

@@ -189,9 +189,12 @@ class WeightUpdater:
             if self._transport == "disk":
                 await self._update(_Update(self.published.version, self._live()))
                 return
-            acks = await self._client.update_weights_from_shm(self._trainer.shm_name, self.published.version)
-            for url, ack in acks.items():
-                self._check_digest(url, ack.version, ack.hash)
+            update = _Update(self.published.version, self._live())
+            answers = await self._client.update_weights_from_shm(self._trainer.shm_name, update.version)
+            self._take_out(update, {url: str(answer) for url, answer in answers.items() if isinstance(answer, WeightUpdateError)})
+            for url, answer in answers.items():
+                if not isinstance(answer, WeightUpdateError):
+                    self._check_digest(url, answer.version, answer.hash)
 
     def _live(self) -> list[RolloutServer]:
         live = set(self._client.urls)
