@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollout_servers import make_model
+from rollout_servers import TINY, make_model
+from sglang_servers import SGLangServer
 from trainer_setup import make_batch, make_config
 from weight_servers import Weights, call, freeze, start_server
 
@@ -157,6 +158,25 @@ def test_a_server_that_fails_takes_nobody_with_it(model: Path, servers, kind: st
         assert [o.error for o in weights.send(sender, 3, urls).outcomes] == [None] * len(urls)
         for url in urls:
             weights.assert_held_by(url, 3)
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two cores")
+def test_both_ranks_of_a_server_get_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang wants a NUMA node a rank otherwise
+    for key, heads in (("num_attention_heads", 4), ("num_key_value_heads", 2)):
+        monkeypatch.setitem(TINY, key, heads)
+    make_model(tmp_path)
+    server = SGLangServer(tmp_path, tmp_path / "log", n_ranks=2)
+    try:
+        server.wait(START_SECONDS)
+        weights = Weights(tmp_path, SMALL_BUCKETS)
+        weights.change(seed=1)
+        with broadcast_sender() as sender:
+            assert weights.send(sender, 1, [server.url], n_ranks=2).outcomes[0].error is None
+        weights.assert_held_by(server.url, 1)
+    finally:
+        server.process.kill()
 
 
 def test_what_a_server_refuses_is_told_in_its_words(model: Path, servers) -> None:

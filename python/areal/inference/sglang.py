@@ -73,6 +73,7 @@ def sglang_argv(
         "tensor_parallel_size": n_ranks,
         "sleep_on_idle": True,  # an idle server burns a core otherwise
         "disable_radix_cache": not keep_prefixes,
+        "incremental_streaming_output": not keep_prefixes,  # streamed then, and every chunk would hold the whole answer so far
         "log_level_http": "warning",  # a line a request says nothing
     }
     if dist_port is not None:
