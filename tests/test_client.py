@@ -17,6 +17,7 @@ from aiohttp import web
 from rollout_servers import Server, aiohttp_server, make_model
 
 from areal.config import GenerationConfig, RolloutConfig
+from areal.inference import exchange
 from areal.inference.client import ProtocolError, RequestRejected, RolloutClient, Route, ServerDied, WeightUpdateError
 from areal.launcher.local import free_port
 from areal.models.loading import load_model
@@ -93,6 +94,31 @@ def test_deadline_names_who_waited(server: Server) -> None:
         await client.close()
 
     asyncio.run(main())
+
+
+def test_a_server_that_hangs_is_given_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives and its socket is open; no update comes that would find out."""
+    monkeypatch.setattr(exchange, "_CONTROL_TIMEOUT", 0.2)
+    monkeypatch.setattr(exchange, "_HANGS_AFTER", 1.0)
+    server = Server(model, tmp_path / "log").wait()
+
+    async def main() -> None:
+        client = RolloutClient(RolloutConfig(request_timeout=0.5, max_restarts=0), [server.url], [server.process])
+        os.kill(server.process.pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"rollout\.request_timeout"):
+            await client.agenerate(ModelRequest([3, 4], LONG))
+        assert client.is_known(server.url), "it may only be slow"
+        async with asyncio.timeout(30):
+            while client.is_known(server.url):
+                await asyncio.sleep(0.05)
+        with pytest.raises(ServerDied, match="hangs: 1 s after it was told to end request"):
+            await client.agenerate(ModelRequest([3, 4], SHORT))
+        await client.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        server.process.kill()
 
 
 def test_interrupted_generation_goes_on_from_its_tokens(server: Server) -> None:
