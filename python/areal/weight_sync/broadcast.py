@@ -246,13 +246,17 @@ class BroadcastSender:
     # -- what stream_weights calls ---------------------------------------------------------------------------------------------------------
 
     def begin(self, version: int, buckets: Sequence[BucketPlan], targets: Sequence[Target]) -> None:
-        """Servers that are new are being connected when it returns; groups with servers that are no targets any more end."""
+        """Servers that are new are being connected when it returns.
+
+        Groups with servers that are no targets any more end, except where there is one target: that may be a server that joins, and
+        says nothing of the others.
+        """
         self.version, self.buckets = version, buckets
         largest = max(bucket.nbytes for bucket in buckets)
         if not self._memory or len(self._memory[0]) < largest:
             self._memory = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
         with self.changed:
-            gone = set(self._connections) - {target.url for target in targets}
+            gone = set(self._connections) - {target.url for target in targets} if len(targets) > 1 else set()
             dropped = [self._connections.pop(url) for url in gone]
             self._peers = [_Peer(self, target, self._connections.get(target.url)) for target in targets]
         del dropped
