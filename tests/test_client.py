@@ -176,14 +176,14 @@ async def _update_versions(first: Server, second: Server, publisher: ShmPublishe
     running = asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=1500, ignore_eos=True))))
     await _until(client, first.url, lambda row: row["running"] == 1)
     digest = publisher.publish(weights, 1)
-    acks = await client.update_weights_from_shm(publisher.name, 1)
-    assert {url: (ack.version, ack.hash) for url, ack in acks.items()} == {first.url: (1, f"{digest:016x}")}
+    ack = await client.update_server(first.url, publisher.name, 1, first.process)
+    assert (ack.version, ack.hash) == (1, f"{digest:016x}")
     assert client.get_version() == 1 and changes[-1] == 1
     response = await running
     assert response.output_versions == sorted(response.output_versions) and set(response.output_versions) == {0, 1}
     # A newcomer joins with the newest weights and never takes the acknowledged version back.
     publisher.publish(weights, 2)
-    update = asyncio.ensure_future(client.update_weights_from_shm(publisher.name, 2))
+    update = asyncio.ensure_future(client.update_server(first.url, publisher.name, 2, first.process))
     await client.update_server(second.url, publisher.name, 1)
     client.add_server(second.url, second.process)
     await update
@@ -192,7 +192,7 @@ async def _update_versions(first: Server, second: Server, publisher: ShmPublishe
     await asyncio.gather(*(client.agenerate(ModelRequest([3], SHORT), route=route) for route in routes for _ in range(3)))
     assert [route.server.url for route in routes if route.server].count(first.url) == 2  # fewest outstanding, a prompt stays on one
     with pytest.raises(WeightUpdateError, match="no-such"):
-        await client.update_weights_from_shm("no-such", 3)
+        await client.update_server(first.url, "no-such", 3, first.process)
     await client.close()
 
 
