@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from areal.weight_sync.shm import ShmPublisher, ShmReader
 from areal.weight_sync.stream import Sender, Target, stream_weights
 from areal.weight_sync.tensor import TensorSender
 from benchmarks.measure import report, summary
+from tests.sglang_servers import sglang_python
 
 QWEN2_05B: dict[str, Any] = {
     "model_type": "qwen2",
@@ -204,11 +204,6 @@ class SharedMemory:
 # -- the servers -------------------------------------------------------------------------------------------------------------------------
 
 
-def sglang_python() -> str | None:
-    named = os.environ.get("AREAL_SGLANG_PYTHON", str(ROOT / ".venv-sglang" / "bin" / "python"))
-    return shutil.which(named)
-
-
 @contextlib.contextmanager
 def server(kind: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
     """A rollout server of its own, ready; its URL."""
@@ -222,7 +217,7 @@ def server(kind: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
         assert python is not None
         options = {"skip_server_warmup": True, "max_total_tokens": 512, "skip_tokenizer_init": True}
         argv = sglang_argv(model, port, device="cpu", dtype=dtype, n_ranks=1, options=options)
-        process = ChildProcess(kind, argv, log, sglang_env("cpu", 1), python=python)
+        process = ChildProcess(kind, argv, log, sglang_env("cpu", 1, python), python=python)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_ready(process, url)

@@ -17,7 +17,8 @@ from aiohttp import web
 from rollout_servers import Server, aiohttp_server, make_model
 
 from areal.config import GenerationConfig, RolloutConfig
-from areal.inference.client import ProtocolError, RequestRejected, RolloutClient, Route, ServerDied, WeightsAck, WeightUpdateError
+from areal.inference import exchange
+from areal.inference.client import ProtocolError, RequestRejected, RolloutClient, Route, ServerDied, WeightUpdateError
 from areal.launcher.local import free_port
 from areal.models.loading import load_model
 from areal.types import ModelRequest
@@ -95,6 +96,31 @@ def test_deadline_names_who_waited(server: Server) -> None:
     asyncio.run(main())
 
 
+def test_a_server_that_hangs_is_given_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives and its socket is open; no update comes that would find out."""
+    monkeypatch.setattr(exchange, "_CONTROL_TIMEOUT", 0.2)
+    monkeypatch.setattr(exchange, "_HANGS_AFTER", 1.0)
+    server = Server(model, tmp_path / "log").wait()
+
+    async def main() -> None:
+        client = RolloutClient(RolloutConfig(request_timeout=0.5, max_restarts=0), [server.url], [server.process])
+        os.kill(server.process.pid, signal.SIGSTOP)
+        with pytest.raises(TimeoutError, match=r"rollout\.request_timeout"):
+            await client.agenerate(ModelRequest([3, 4], LONG))
+        assert client.is_known(server.url), "it may only be slow"
+        async with asyncio.timeout(30):
+            while client.is_known(server.url):
+                await asyncio.sleep(0.05)
+        with pytest.raises(ServerDied, match="hangs: 1 s after it was told to end request"):
+            await client.agenerate(ModelRequest([3, 4], SHORT))
+        await client.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        server.process.kill()
+
+
 def test_interrupted_generation_goes_on_from_its_tokens(server: Server) -> None:
     async def main() -> None:
         client = RolloutClient(urls=[server.url], processes=[server.process])
@@ -150,14 +176,14 @@ async def _update_versions(first: Server, second: Server, publisher: ShmPublishe
     running = asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=1500, ignore_eos=True))))
     await _until(client, first.url, lambda row: row["running"] == 1)
     digest = publisher.publish(weights, 1)
-    acks = await client.update_weights_from_shm(publisher.name, 1)
-    assert acks == {first.url: WeightsAck(1, f"{digest:016x}")}
+    ack = await client.update_server(first.url, publisher.name, 1, first.process)
+    assert (ack.version, ack.hash) == (1, f"{digest:016x}")
     assert client.get_version() == 1 and changes[-1] == 1
     response = await running
     assert response.output_versions == sorted(response.output_versions) and set(response.output_versions) == {0, 1}
     # A newcomer joins with the newest weights and never takes the acknowledged version back.
     publisher.publish(weights, 2)
-    update = asyncio.ensure_future(client.update_weights_from_shm(publisher.name, 2))
+    update = asyncio.ensure_future(client.update_server(first.url, publisher.name, 2, first.process))
     await client.update_server(second.url, publisher.name, 1)
     client.add_server(second.url, second.process)
     await update
@@ -165,8 +191,8 @@ async def _update_versions(first: Server, second: Server, publisher: ShmPublishe
     routes = [Route() for _ in range(4)]
     await asyncio.gather(*(client.agenerate(ModelRequest([3], SHORT), route=route) for route in routes for _ in range(3)))
     assert [route.server.url for route in routes if route.server].count(first.url) == 2  # fewest outstanding, a prompt stays on one
-    refused = (await client.update_weights_from_shm("no-such", 3))[first.url]
-    assert isinstance(refused, WeightUpdateError) and "no-such" in str(refused)
+    with pytest.raises(WeightUpdateError, match="no-such"):
+        await client.update_server(first.url, "no-such", 3, first.process)
     await client.close()
 
 

@@ -43,7 +43,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(checkpoint)
     tree = {
         "gconfig": {"n_samples": 4, "max_new_tokens": 16},
-        "actor": {"init_from_scratch": {"model_type": "qwen2"}, "device": "cpu"},
+        # It was trained on GPUs: an evaluation needs none.
+        "actor": {"init_from_scratch": {"model_type": "qwen2"}, "backend": "fsdp:d2", "device": "cuda"},
         "rollout": {"device": "cpu", "startup_timeout": 100},
         "train_dataset": {"type": "arithmetic", "max_prompt_len": 40},
         "evaluator": {"n_prompts": 24},

@@ -10,7 +10,9 @@ import pytest
 from rollout_servers import Server, make_model
 
 from areal.cluster import Cluster
-from areal.config import GenerationConfig, GRPOConfig
+from areal.config import ConfigError, GenerationConfig, GRPOConfig
+from areal.config_check import check_machine
+from areal.config_load import dump_yaml, load_expr_config
 from areal.inference.servers import ServerStartError, start_server
 from areal.launcher.local import ChildProcess, free_port
 from areal.types import ModelRequest
@@ -46,6 +48,34 @@ async def until(condition: Any, seconds: float = 90) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["rollout.backend=sglang:d2", "rollout.urls=[http://h:1, http://h:1/]"], "rollout.urls names http://h:1 twice"),
+        (["rollout.urls=[http://h:1]", "sglang.options={tp_size: 2}"], "sglang.* is set, but the servers of rollout.urls run already"),
+        (["weight_sync.folder=/weights"], "weight_sync.folder is set, but the transport is broadcast"),
+    ],
+)
+def test_keys_that_would_have_no_effect_are_refused(model: Path, tmp_path: Path, words: list[str], error: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config(model, tmp_path, [])))
+    with pytest.raises(ConfigError) as caught:
+        load_expr_config([str(file), "rollout.backend=sglang:d1", *words], GRPOConfig)
+    assert caught.value.message == error and caught.value.hint
+
+
+def test_what_reaches_one_machine_only_is_refused_for_servers_elsewhere(model: Path, tmp_path: Path) -> None:
+    elsewhere, here = (config(model, tmp_path, [url]) for url in ("http://192.0.2.1:30000", "http://127.0.0.1:30000"))
+    for transport in ("shm", "tensor"):
+        with pytest.raises(ConfigError, match=rf"transport={transport} works on one machine only, and http://192\.0\.2\.1:30000"):
+            check_machine(elsewhere.new(weight_sync={"transport": transport}))
+        check_machine(here.new(weight_sync={"transport": transport}))
+    check_machine(elsewhere)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"weight_sync.folder: '.*' cannot be made: Not a directory"):
+        check_machine(elsewhere.new(weight_sync={"transport": "disk", "folder": str(tmp_path / "file" / "weights")}))
 
 
 def test_a_server_that_nobody_started_is_waited_for_and_then_told(model: Path, tmp_path: Path) -> None:

@@ -102,10 +102,25 @@ def test_a_gpu_that_is_shared_needs_another_transport_than_nccl(monkeypatch: pyt
     monkeypatch.setattr(config_check, "count_gpus", lambda: 1)
     assert shares_gpu(config(backend="sglang:d1"), 0) and not shares_gpu(config(backend="sglang:d1", device="cpu"), 0)
     with pytest.raises(ConfigError, match=r"share cuda:0 with the trainer.*rollout\.colocate=true"):
-        config_check._check_gpus(config(backend="sglang:d1"))
-    config_check._check_gpus(config(backend="sglang:d1", colocate=True))
+        config_check._check_transport(config(backend="sglang:d1"))
+    config_check._check_transport(config(backend="sglang:d1", colocate=True))
     with pytest.raises(ConfigError, match="needs 2 GPUs for one server, and this machine has 1"):
         config_check._check_gpus(config(backend="sglang:d1t2", colocate=True))
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "tensor"])
+def test_weights_stream_between_gpus_or_between_cpus(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+    monkeypatch.setattr(placement, "count_gpus", lambda: 2)
+    sync = {"weight_sync": {"transport": transport}}
+    config_check._check_transport(config(backend="sglang:d1").new(**sync))
+    on_cpu = config(backend="sglang:d1", device="cpu")
+    with pytest.raises(ConfigError, match=f"transport={transport} does not lead from a trainer on GPUs to .* on the CPU"):
+        config_check._check_transport(on_cpu.new(**sync))
+    config_check._check_transport(on_cpu.new(weight_sync={"transport": "disk"}))
+    trainer_on_cpu = {"actor": {"init_from_scratch": TINY, "device": "cpu"}}
+    with pytest.raises(ConfigError, match=f"transport={transport} does not lead from a trainer on the CPU to .* on GPUs"):
+        config_check._check_transport(config(backend="sglang:d1").new(**sync, **trainer_on_cpu))
+    config_check._check_transport(on_cpu.new(**sync, **trainer_on_cpu))
 
 
 def test_the_interpreter_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

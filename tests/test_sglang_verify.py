@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from areal.weight_sync.stream import BucketPlan, Target, plan_buckets, stream_we
 from areal.weight_sync.verify import LOADER, Verification, verify_server
 from tests.rollout_servers import make_model
 from tests.sglang_servers import SGLangServer
+from tests.weight_transports import post
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -42,12 +40,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SG
         yield server.wait(300)
     finally:
         server.process.terminate()
-
-
-def post(url: str, path: str, body: Mapping[str, Any]) -> Any:
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
 
 
 def update_from_disk(url: str, model: Path, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -243,12 +243,12 @@ def _eval(args: argparse.Namespace) -> int:
     file = args.config or next((str(f / "config.yaml") for f in model.parents if (f / "config.yaml").is_file()), None)
     if file is None:
         raise ConfigError(f"no folder above '{args.model}' has the config.yaml of a run", "name the config with --config FILE")
-    config, _ = load_expr_config(
-        [file, *args.words, f"actor.path={model}", "actor.init_from_scratch=null", "warmup=null", "rollout.urls=[]"], GRPOConfig
-    )
+    # No trainer runs, so it wants no GPU, and the servers need not leave it one.
+    ours = [f"actor.path={model}", "actor.init_from_scratch=null", "actor.device=cpu", "warmup=null", "rollout.urls=[]"]
+    config, _ = load_expr_config([file, *args.words, *ours], GRPOConfig)
     _import_from_here()
     _end_in_order()
-    check_machine(config)
+    check_machine(config, trains=False)
     _log_warnings()
     from areal.eval_command import run_eval
 

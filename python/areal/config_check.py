@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
-from areal.inference.placement import rollout_device, shares_gpu
+from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
+from areal.weight_sync.addresses import is_here
 
 
 def parse_trainer_backend(value: str) -> int:
@@ -62,10 +63,22 @@ def _check_rollout(config: GRPOConfig) -> None:
     for url in rollout.urls:
         if not re.fullmatch(r"http://[^/\s:]+:\d+/?", url):
             raise ConfigError(f"rollout.urls: '{url}' is not an address", "write http://host:port")
+    addresses = [url.rstrip("/") for url in rollout.urls]
+    if twice := next((url for url in addresses if addresses.count(url) > 1), ""):
+        raise ConfigError(f"rollout.urls names {twice} twice", "give each server once")
+    if config.weight_sync.folder and config.transport != "disk":
+        raise ConfigError(
+            f"weight_sync.folder is set, but the transport is {config.transport}", "set weight_sync.transport=disk, or remove the folder"
+        )
     if layout.engine == "embedded":
         if config.sglang != SGLangConfig():
             raise ConfigError(f"sglang.* is set, but rollout.backend='{rollout.backend}' starts no SGLang", "set rollout.backend=sglang:d1")
         return
+    if rollout.urls and config.sglang != SGLangConfig():
+        raise ConfigError(
+            "sglang.* is set, but the servers of rollout.urls run already",
+            "give these options where they are started, `areal serve MODEL --backend sglang -- OPTIONS`, and remove them here",
+        )
     if config.transport == "shm":
         raise ConfigError(
             "weight_sync.transport=shm works with embedded servers only", "use broadcast, disk or tensor; auto takes one that fits"
@@ -196,14 +209,16 @@ def _check_deterministic(config: GRPOConfig) -> None:
             raise ConfigError(f"deterministic=true runs on the CPU only, and {key}='auto' takes the GPU of this machine", f"set {key}=cpu")
 
 
-def check_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
+def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bool = True) -> None:
     """Raises ``ConfigError`` for a model, data file, reward function or GPU that the configuration needs and this machine does not have.
 
-    ``given`` names the data sets whose rows are there already.
+    ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)
+    if trains:
+        _check_transport(config)
     if config.reward_fn:
         from areal.workflow.build import reward_function
 
@@ -238,11 +253,37 @@ def _check_server_gpus(config: GRPOConfig, n_gpus: int) -> None:
             f"rollout.backend='{config.rollout.backend}' needs {layout.n_ranks} GPUs for one server, and this machine has {n_gpus}",
             f"set rollout.backend={layout.engine}:d{layout.n_servers}t{n_gpus}, or name servers of other machines in rollout.urls",
         )
-    shared = [i for i in range(layout.n_servers) if shares_gpu(config, i)]
-    if shared and config.transport == "broadcast":
+
+
+def _check_transport(config: GRPOConfig) -> None:
+    """Whether weights can go from where the trainer is to where the servers are."""
+    transport, folder = config.transport, config.weight_sync.folder
+    if transport in ("shm", "tensor") and (elsewhere := next((url for url in config.rollout.urls if not is_here(url)), "")):
+        raise ConfigError(
+            f"weight_sync.transport={transport} works on one machine only, and {elsewhere} of rollout.urls is not on this one",
+            "set weight_sync.transport=broadcast, or disk with a weight_sync.folder that both see",
+        )
+    if folder:
+        try:
+            Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"weight_sync.folder: '{folder}' cannot be made: {error.strerror}", "name a folder that can be written"
+            ) from None
+    if transport not in ("broadcast", "tensor") or config.rollout.urls:
+        return
+    shared = [i for i in range(config.layout.n_servers) if shares_gpu(config, i)]
+    if shared and transport == "broadcast":
         raise ConfigError(
             f"rollout server {shared[0]} has to share {rollout_device(config, shared[0])} with the trainer, and NCCL cannot broadcast there",
             "set rollout.colocate=true, or weight_sync.transport=disk",
+        )
+    trains_on_gpu, generates_on_gpu = bool(trainer_gpus(config)), rollout_device(config, 0) != "cpu"
+    if trains_on_gpu != generates_on_gpu:
+        trainer, servers = ("GPUs", "the CPU") if trains_on_gpu else ("the CPU", "GPUs")
+        raise ConfigError(
+            f"weight_sync.transport={transport} does not lead from a trainer on {trainer} to rollout servers on {servers}",
+            "set weight_sync.transport=disk, or actor.device and rollout.device alike",
         )
 
 

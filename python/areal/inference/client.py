@@ -270,26 +270,13 @@ class RolloutClient:
 
     # -- control ---------------------------------------------------------------------------------------------------------------
 
-    async def update_weights_from_shm(self, name: str, version: int) -> dict[str, WeightsAck | WeightUpdateError]:
-        """Tells every live server to take at least ``version`` from shared memory ``name``; a server that dies meanwhile is left out.
-
-        A server that lives and did not do it within ``request_timeout`` seconds has its error among the answers: remove it.
-        """
-        self._newest = max(self._newest, version)
-        servers = self._router.live()
-        answers = await asyncio.gather(*(self._update(server, name, version) for server in servers), return_exceptions=True)
-        found: dict[str, WeightsAck | WeightUpdateError] = {}
-        for server, answer in zip(servers, answers, strict=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, WeightUpdateError):
-                raise answer
-            if answer is not None:
-                found[server.url] = answer
-        return found
-
     async def update_server(self, url: str, name: str, version: int, process: WatchedProcess | None = None) -> WeightsAck:
-        """The same for one server, before ``add_server`` lets requests go there: to be called directly after, with no await between.
+        """One server takes at least ``version`` from shared memory ``name``. Of a new one, ``add_server`` is to be called directly after.
 
         It ends with the newest version that any server was told to take, so that ``acked_version`` never goes back.
+
+        Raises:
+            WeightUpdateError: it did not do it within ``interrupt_timeout`` seconds, or died.
         """
         self._newest = max(self._newest, version)
         self._router.known(url).process = process
@@ -303,7 +290,7 @@ class RolloutClient:
     async def _update(self, server: Server, name: str, version: int) -> WeightsAck | None:
         mode = "in_place" if self.update_mode == "in_place" else "retract"
         try:
-            ack = await update_from_shm(server, name, version, mode, self.config.request_timeout)
+            ack = await update_from_shm(server, name, version, mode, self._interrupt_timeout)
         except WireError as error:
             if await self._is_dead(server):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from areal.inference.wire import HTTPStatusError, WireError
 _REPEAT_FIRST, _REPEAT_LAST = 0.05, 1.0
 _CONTROL_TIMEOUT = 10.0
 _ABORT_TIMEOUT = 5.0
+_HANGS_AFTER = 60.0
+"""Seconds in which a server ends what it is told to end, at the longest; one that does not will not answer anybody else either."""
 
 
 class Exchanges:
@@ -106,8 +109,8 @@ class Exchanges:
             server.stamps = submission.stamped
 
     async def _end(self, server: Server, rid: str, exchange: asyncio.Task[Any]) -> None:
-        """Has the server abort a request, again while it goes on: the first time it may not know of it yet."""
-        pause = _REPEAT_FIRST
+        """Has the server abort a request, again while it goes on: the first time it may not know of it yet. One that hangs is given up."""
+        pause, begin = _REPEAT_FIRST, time.monotonic()
         while not exchange.done() and server.live:
             try:
                 await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=_CONTROL_TIMEOUT)
@@ -115,6 +118,11 @@ class Exchanges:
                 pass  # it is dying, or busy
             await asyncio.wait([exchange], timeout=pause)
             pause = min(_REPEAT_LAST, 2 * pause)
+            if not server.gate_open:
+                begin = time.monotonic()  # an update has a deadline of its own
+            elif not exchange.done() and time.monotonic() - begin > _HANGS_AFTER:
+                why = f"{server.describe()} hangs: {_HANGS_AFTER:g} s after it was told to end request {rid} it had not"
+                self._router.remove(server.url, why)
 
 
 async def stamps_versions(server: Server) -> bool:

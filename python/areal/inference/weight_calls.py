@@ -26,22 +26,22 @@ class WeightsAck:
 async def update_from_shm(server: Server, name: str, version: int, mode: str, timeout: float) -> WeightsAck:
     """At least ``version`` from the shared memory ``name``. Raises WeightUpdateError, or WireError if the server may be dead."""
     body = {"name": name, "version": version, "mode": mode}
-    return await _update(server, "/update_weights_from_shm", body, version, timeout, "rollout.request_timeout")
+    return await _update(server, "/update_weights_from_shm", body, version, timeout)
 
 
 async def update_from_disk(server: Server, folder: Path | str, version: int, flush: bool, timeout: float) -> WeightsAck:
     """``version`` from a Hugging Face folder. Raises WeightUpdateError, or WireError if the server may be dead."""
     # flush_cache while requests wait in a paused server kills SGLang; without it, and with a radix cache, it would serve old KV.
     body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush}
-    return await _update(server, "/update_weights_from_disk", body, version, timeout, "weight_sync.timeout")
+    return await _update(server, "/update_weights_from_disk", body, version, timeout)
 
 
-async def _update(server: Server, path: str, body: Mapping[str, Any], version: int, timeout: float, key: str) -> WeightsAck:
+async def _update(server: Server, path: str, body: Mapping[str, Any], version: int, timeout: float) -> WeightsAck:
     try:
         answer = await server.wire.call("POST", path, body, timeout=timeout)
     except TimeoutError:
         raise WeightUpdateError(
-            f"the controller waited {timeout:g} s ({key}) for {server.url} to take version {version} by {path}"
+            f"the controller waited {timeout:g} s (weight_sync.timeout) for {server.url} to take version {version} by {path}"
         ) from None
     except HTTPStatusError as error:
         raise WeightUpdateError(f"{server.url} refused version {version}: {error.text}") from error

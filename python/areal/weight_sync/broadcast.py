@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from areal.weight_sync.addresses import local_address
 from areal.weight_sync.calls import CallFailed, Task, post
-from areal.weight_sync.groups import Rendezvous, Transfer, UpdateGroup, connect_store, local_address
+from areal.weight_sync.groups import Rendezvous, Transfer, UpdateGroup, connect_store
 from areal.weight_sync.stream import BucketPlan, Outcome, Target
 
 _SLICE_SECONDS = 0.02

@@ -23,14 +23,6 @@ _NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 """Read by the constructor of a group of NCCL (ErrorHandlingMode in torch's ProcessGroupNCCL.hpp)."""
 
 
-def local_address(host: str, port: int) -> str:
-    """The address of this machine by which ``host`` can reach it: loopback for a server on this machine."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing; the kernel chooses the interface
-        return str(probe.getsockname()[0])
-
-
 class Rendezvous:
     """A store on one address of this machine, where groups meet; nobody can connect through another interface."""
 

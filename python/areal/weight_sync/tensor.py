@@ -19,19 +19,18 @@ import os
 import pickle
 import queue
 import re
-import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from areal.weight_sync.addresses import is_here
 from areal.weight_sync.calls import CallFailed, post
 from areal.weight_sync.stream import BucketPlan, Outcome, Target
 
@@ -173,7 +172,7 @@ class _Lane:
         self._target, self._update, self._changed = target, update, changed
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._seconds_used = 0.0
-        if not _is_here(target.url):
+        if not is_here(target.url):
             self.outcome.error = f"{target.url} is on another machine, where the trainer's memory cannot be opened; use weight_sync.transport: broadcast or disk"
         self._thread = threading.Thread(target=self._run, name=f"weights to {target.url}", daemon=True)
         self._thread.start()
@@ -250,18 +249,6 @@ class _Pickler(pickle.Pickler):
         if obj is torch.from_file:
             return "from_file"  # of the module torch; else it would become a getattr, which a strict reader refuses
         return NotImplemented
-
-
-def _is_here(url: str) -> bool:
-    """Whether a server runs on this machine: only its own addresses can be bound."""
-    try:
-        found = socket.getaddrinfo(urlsplit(url).hostname, 0, type=socket.SOCK_STREAM)
-        for family, kind, protocol, _, address in found[:1]:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)
-    except OSError:
-        return False
-    return bool(found)
 
 
 def _check_alignment(bucket: BucketPlan) -> None:

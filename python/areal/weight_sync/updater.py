@@ -186,15 +186,11 @@ class WeightUpdater:
         if self.streams:
             return  # publish has done it
         async with self._updating:
-            if self._transport == "disk":
-                await self._update(_Update(self.published.version, self._live()))
-                return
             update = _Update(self.published.version, self._live())
-            answers = await self._client.update_weights_from_shm(self._trainer.shm_name, update.version)
-            self._take_out(update, {url: str(answer) for url, answer in answers.items() if isinstance(answer, WeightUpdateError)})
-            for url, answer in answers.items():
-                if not isinstance(answer, WeightUpdateError):
-                    self._check_digest(url, answer.version, answer.hash)
+            if self._transport == "disk":
+                await self._update(update)
+            else:
+                self._take_out(update, await self._each(update, self._fetch_from_shm))
 
     def _live(self) -> list[RolloutServer]:
         live = set(self._client.urls)
@@ -210,8 +206,7 @@ class WeightUpdater:
             if self.published is None:
                 self._client.add_server(server.url, server.process)
             elif self._transport == "shm":
-                ack = await self._client.update_server(server.url, self._trainer.shm_name, self.published.version, server.process)
-                self._check_digest(server.url, ack.version, ack.hash)
+                await self._fetch_from_shm(server)
                 self._client.add_server(server.url, server.process)
             else:
                 update = _Update(self.published.version, [server])
@@ -272,6 +267,11 @@ class WeightUpdater:
 
     async def _load_from_disk(self, server: RolloutServer, version: int) -> None:
         await self._client.update_from_disk(server.url, version_folder(self._folder, version), version)
+
+    async def _fetch_from_shm(self, server: RolloutServer) -> None:
+        assert self.published is not None
+        ack = await self._client.update_server(server.url, self._trainer.shm_name, self.published.version, server.process)
+        self._check_digest(server.url, ack.version, ack.hash)
 
     def _take_out(self, update: _Update, failed: dict[str, str]) -> None:
         for url, why in failed.items():

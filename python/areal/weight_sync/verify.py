@@ -18,7 +18,6 @@ import base64
 import json
 import pickle
 import secrets
-import socket
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ import torch
 
 from areal.inference.wire import HTTPStatusError, Wire, WireError
 from areal.ops.weights_hash import tensor_key
+from areal.weight_sync.addresses import local_address
 
 LOADER = "areal_sglang_weights.report_hash"
 """What a server of SGLang must have in ``--custom-weight-loader``."""
@@ -127,7 +127,8 @@ class AnswerListener:
         self.answers: dict[int, dict[str, Any]] = {}
         """By rank."""
         self.nonce = secrets.token_hex(16)
-        self.host = _own_address(url)
+        address = urlsplit(url)
+        self.host = local_address(address.hostname or "", address.port or 80)
         self.port = 0
         self._n_answers = n_answers
         self._complete = asyncio.Event()
@@ -190,15 +191,6 @@ def _serialized(question: Mapping[str, Any]) -> str:
     """The question in the form of SGLang's named tensors. Plain pickle, not multiprocessing's: the bytes themselves, no shared memory."""
     data = torch.frombuffer(bytearray(json.dumps(question).encode()), dtype=torch.uint8)
     return base64.b64encode(pickle.dumps([("question", data)])).decode()
-
-
-def _own_address(url: str) -> str:
-    """The address of this machine that faces the server: loopback for one that is here."""
-    parts = urlsplit(url)
-    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # of a datagram socket: nothing is sent
-        return probe.getsockname()[0]
 
 
 async def _compare_samples(wire: Wire, who: str, samples: Mapping[str, np.ndarray]) -> Verification:
