@@ -4,6 +4,8 @@ The weights are those of a Qwen2-0.5B by their shapes (fewer layers with ``--lay
 float32 masters and casts them on the way. Every server is a real one, in a process of its own. The limits: for ``broadcast`` a bare gloo
 broadcast between two processes, into memory that is there already; for ``shm`` and ``tensor`` two copies in memory; for ``disk`` one file
 that is written, synced and read again. Rounds take turns, and a figure is the median. SGLang runs where AREAL_SGLANG_PYTHON, or .venv-sglang, has it.
+
+On a GPU, ``--device cuda``, trainer and servers share one: ``tensor`` and ``disk`` then, since NCCL refuses two ranks on one GPU.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ QWEN2_05B: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+QWEN2_15B = QWEN2_05B | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+SHAPES = {"0.5b": QWEN2_05B, "1.5b": QWEN2_15B}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -108,14 +112,16 @@ class TwoCopies:
 
     def __init__(self, trainer: Trainer) -> None:
         self._sources = list(trainer.parameters.values())
-        self._middle = [torch.zeros(s.shape, dtype=trainer.dtype) for s in self._sources]
-        self._end = [torch.zeros(s.shape, dtype=trainer.dtype) for s in self._sources]
+        self._middle = [torch.zeros_like(s, dtype=trainer.dtype) for s in self._sources]
+        self._end = [torch.zeros_like(s, dtype=trainer.dtype) for s in self._sources]
 
     def __call__(self) -> None:
         for source, middle in zip(self._sources, self._middle, strict=True):
             middle.copy_(source)
         for middle, end in zip(self._middle, self._end, strict=True):
             end.copy_(middle)
+        if self._sources[0].is_cuda:
+            torch.cuda.synchronize()
 
 
 class BareFile:
@@ -164,9 +170,9 @@ class Streaming:
 class Disk:
     """Written and synced here, then read by the server, one after the other."""
 
-    def __init__(self, trainer: Trainer, url: str, model: Path, folder: Path) -> None:
+    def __init__(self, trainer: Trainer, url: str, model: Path, folder: Path, device: str) -> None:
         self._trainer, self._url, self._folder = trainer, url, folder
-        self._sender = DiskSender(folder, model, timeout=300.0)
+        self._sender = DiskSender(folder, model, device=device, timeout=300.0)
         self._version = 0
 
     def __call__(self) -> None:
@@ -205,19 +211,19 @@ class SharedMemory:
 
 
 @contextlib.contextmanager
-def server(kind: str, model: Path, dtype: str, log: Path) -> Iterator[str]:
+def server(kind: str, model: Path, dtype: str, log: Path, device: str) -> Iterator[str]:
     """A rollout server of its own, ready; its URL."""
     port = free_port()
     if kind == "embedded":
-        argv = ["-m", "areal.inference.embedded.server", "--model", str(model), "--port", str(port), "--dtype", dtype]
+        argv = ["-m", "areal.inference.embedded.server", "--model", str(model), "--port", str(port), "--dtype", dtype, "--device", device]
         argv += ["--max-context", "512", "--max-running-requests", "4"]
         process = ChildProcess(kind, argv, log, {"OMP_NUM_THREADS": "1"})
     else:
         python = sglang_python()
         assert python is not None
         options = {"skip_server_warmup": True, "max_total_tokens": 512, "skip_tokenizer_init": True}
-        argv = sglang_argv(model, port, device="cpu", dtype=dtype, n_ranks=1, options=options)
-        process = ChildProcess(kind, argv, log, sglang_env("cpu", 1, python), python=python)
+        argv = sglang_argv(model, port, device=device, dtype=dtype, n_ranks=1, shared_gpu=device != "cpu", options=options)
+        process = ChildProcess(kind, argv, log, sglang_env(device, 1, python), python=python)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_ready(process, url)
@@ -256,8 +262,10 @@ def measure(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench weight_sync", description=__doc__)
-    parser.add_argument("--layers", type=int, default=QWEN2_05B["num_hidden_layers"])
+    parser.add_argument("--shapes", choices=SHAPES, default="0.5b", help="of a Qwen2 of that size")
+    parser.add_argument("--layers", type=int, help="fewer layers than it has")
     parser.add_argument("--vocab", type=int, default=QWEN2_05B["vocab_size"])
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: of the trainer's rank and the servers, all on one")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="on the wire and in the servers")
     parser.add_argument("--bucket-mb", type=int, nargs="+", default=[64])
     parser.add_argument("--rounds", type=int, default=5)
@@ -273,16 +281,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = QWEN2_05B | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocab}
+    shapes = SHAPES[arguments.shapes]
+    config = shapes | {"num_hidden_layers": arguments.layers or shapes["num_hidden_layers"], "vocab_size": arguments.vocab}
+    if arguments.device != "cpu":
+        arguments.device = "cuda:0"
+        arguments.transports = [name for name in arguments.transports if name in ("tensor", "disk")]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = create_model(config, seed=0)
         dtype = getattr(torch, arguments.dtype)
         model.to(dtype).save_pretrained(folder / "model")
-        model.float()
+        model.float().to(arguments.device)
         trainer = Trainer(model, dtype, arguments.bucket_mb[0])
         urls = {
-            kind: stack.enter_context(server(kind, folder / "model", arguments.dtype, folder / f"{kind}.log"))
+            kind: stack.enter_context(server(kind, folder / "model", arguments.dtype, folder / f"{kind}.log", arguments.device))
             for kind in arguments.servers
             if set(arguments.transports) != {"shm"} and (kind != "sglang" or sglang_python())
         }
@@ -290,7 +302,15 @@ def run(arguments: argparse.Namespace) -> None:
         for bucket_mb in arguments.bucket_mb:
             trainer.set_bucket(bucket_mb)
             rows += _rows(arguments, trainer, urls, folder)
-    report("weight_sync", rows, layers=arguments.layers, vocab=arguments.vocab, rounds=arguments.rounds)
+    report(
+        "weight_sync",
+        rows,
+        shapes=arguments.shapes,
+        layers=config["num_hidden_layers"],
+        vocab=arguments.vocab,
+        device=arguments.device,
+        rounds=arguments.rounds,
+    )
 
 
 def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str], folder: Path) -> list[dict[str, Any]]:
@@ -310,13 +330,13 @@ def _rows(arguments: argparse.Namespace, trainer: Trainer, urls: dict[str, str],
             variants["two copies"] = TwoCopies(trainer)
         if "tensor" in arguments.transports:
             for kind, url in urls.items():
-                variants[f"tensor to {kind}"] = by_reference = Streaming(trainer, url, TensorSender("cpu", timeout=300.0))
+                variants[f"tensor to {kind}"] = by_reference = Streaming(trainer, url, TensorSender(arguments.device, timeout=300.0))
                 limits[f"tensor to {kind}"] = "two copies"
                 stack.callback(by_reference.close)
         if "disk" in arguments.transports:
             variants["file written, synced and read"] = BareFile(trainer.nbytes, folder)
             for kind, url in urls.items():
-                variants[f"disk to {kind}"] = disk = Disk(trainer, url, folder / "model", folder / kind)
+                variants[f"disk to {kind}"] = disk = Disk(trainer, url, folder / "model", folder / kind, arguments.device)
                 limits[f"disk to {kind}"] = "file written, synced and read"
                 stack.callback(disk.close)
         if "shm" in arguments.transports:
