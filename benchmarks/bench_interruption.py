@@ -26,7 +26,7 @@ from areal.inference.servers import start_server
 from areal.types import ModelRequest
 from benchmarks.measure import report
 from tests.rollout_servers import make_model
-from tests.sglang_servers import sglang_python
+from tests.sglang_python import sglang_python
 
 VARIANTS = {
     "embedded abort": ("embedded", "abort"),

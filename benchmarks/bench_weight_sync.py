@@ -36,7 +36,7 @@ from areal.weight_sync.shm import ShmPublisher, ShmReader
 from areal.weight_sync.stream import Sender, Target, stream_weights
 from areal.weight_sync.tensor import TensorSender
 from benchmarks.measure import report, summary
-from tests.sglang_servers import sglang_python
+from tests.sglang_python import sglang_python
 
 QWEN2_05B: dict[str, Any] = {
     "model_type": "qwen2",

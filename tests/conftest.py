@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.sglang_servers import sglang_python
+from tests.sglang_python import sglang_python
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported

@@ -5,7 +5,6 @@ The interpreter of SGLang's own environment is that of AREAL_SGLANG_PYTHON, else
 
 from __future__ import annotations
 
-import os
 import time
 import urllib.error
 import urllib.request
@@ -14,17 +13,9 @@ from pathlib import Path
 
 from areal.inference.sglang import Option, sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
+from tests.sglang_python import sglang_python
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def sglang_python() -> str | None:
-    """The interpreter that has SGLang, None where there is none."""
-    named = os.environ.get("AREAL_SGLANG_PYTHON")
-    if named:
-        return named
-    own = ROOT / ".venv-sglang" / "bin" / "python"
-    return str(own) if own.exists() else None
 
 
 class SGLangServer:

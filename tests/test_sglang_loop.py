@@ -9,7 +9,7 @@ import pytest
 
 from tests.ordeal import TOLERANCE, Ordeal, ordeal_config
 from tests.runs import TrainRun
-from tests.sglang_servers import sglang_python
+from tests.sglang_python import sglang_python
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 SGLANG = ["rollout.startup_timeout=300", f"sglang.python={sglang_python()}"]

@@ -18,7 +18,7 @@ from rollout_servers import make_model
 
 from areal.config import GRPOConfig
 from areal.inference.servers import ServerStartError, end_servers, start_server
-from tests.sglang_servers import sglang_python
+from tests.sglang_python import sglang_python
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 
