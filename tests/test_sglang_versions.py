@@ -106,10 +106,12 @@ def test_what_a_killed_server_had_streamed_is_kept(models: list[Path], server: S
         client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
         await update_from_disk(client, server.url, models, 1)
         gconfig = GenerationConfig(max_new_tokens=300, ignore_eos=True)
+        await client.update_from_disk(other.url, models[2], 2)
         tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4, 3 + i], gconfig))) for i in range(8)]
-        await asyncio.sleep(1.5)
-        client.add_server(other.url, other.process)
-        await update_from_disk(client, other.url, models, 2)
+        async with asyncio.timeout(60):
+            while (await client.engine_stats())[server.url]["tokens_generated"] < 8 * 20:  # of 8 * 300: none has ended
+                await asyncio.sleep(0.01)
+        client.add_server(other.url, other.process, version=2)
         os.killpg(server.process.pid, signal.SIGKILL)
         responses = await asyncio.gather(*tasks)
         assert client.urls == [other.url]

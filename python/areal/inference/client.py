@@ -342,7 +342,9 @@ class RolloutClient:
         for server in self._router.live():
             answer = answers.get(server.url)
             if isinstance(answer, HTTPStatusError) and answer.status == 404:
-                found[server.url] = {**server.meter.read(), "running": len(server.submissions), "version": server.version}
+                stats = server.meter.read()
+                stats["tokens_generated"] += sum(submission.n_new for submission in server.submissions.values())  # streamed so far
+                found[server.url] = {**stats, "running": len(server.submissions), "version": server.version}
             elif isinstance(answer, dict):
                 found[server.url] = answer
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ _TIMEOUT = 300.0
 class _Loader(Protocol):
     async def to_the_end(self, update: Coroutine[Any, Any, web.Response]) -> web.Response: ...
 
-    async def update_in_parts(self, fetch: Callable[[], Mapping[str, Tensor]], body: dict[str, Any]) -> web.Response: ...
+    async def update_in_parts(self, fetch: Callable[[], dict[str, Tensor]], body: dict[str, Any]) -> web.Response: ...
 
 
 class DistributedAPI:

@@ -29,9 +29,12 @@ class LoadedParts:
         if self._names & parameters.keys():
             self.forget()  # what came before belongs to an update that was given up
         with torch.inference_mode():
-            if any(parameter.device.type != "cpu" for parameter in parameters.values()):
+            devices = {parameter.device for parameter in parameters.values() if parameter.device.type != "cpu"}
+            if devices:
                 for name, parameter in parameters.items():
                     parameter.copy_(tensors[name], non_blocking=True)
+                for device in devices:
+                    torch.cuda.synchronize(device)  # whoever sent them may overwrite them when this returns
                 return
             copies = (HashedCopy(tensor_key(n, p.shape, p.dtype), tensors[n], p) for n, p in parameters.items())
             self._digest += copy_and_hash(copies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -13,7 +13,7 @@ from areal.weight_sync.tensor import PATH, deserialize
 
 
 class _Loader(Protocol):
-    async def update_in_parts(self, fetch: Callable[[], Mapping[str, Tensor]], body: dict[str, Any]) -> web.Response: ...
+    async def update_in_parts(self, fetch: Callable[[], dict[str, Tensor]], body: dict[str, Any]) -> web.Response: ...
 
 
 class TensorAPI:

@@ -114,8 +114,11 @@ class WeightsAPI:
 
         return await self.to_the_end(update())
 
-    async def update_in_parts(self, fetch: Callable[[], Mapping[str, Tensor]], body: dict[str, Any]) -> web.Response:
+    async def update_in_parts(self, fetch: Callable[[], dict[str, Tensor]], body: dict[str, Any]) -> web.Response:
         """One part of the weights, of which the last one has the ``weight_version``; ``fetch`` runs in a thread, one at a time.
+
+        The tensors may lie in memory of the sender, who takes the answer for leave to write there again: what ``fetch`` gave is emptied
+        before it is answered.
 
         Unlike a whole update it never comes between two decode steps of a sequence, which would see half of the new weights: it waits
         until nothing runs, or until generation is paused.
@@ -125,11 +128,12 @@ class WeightsAPI:
             async with self._update_lock:
                 try:
                     tensors = await asyncio.to_thread(fetch)
+                    n_tensors = len(tensors)
                     loaded = await self._when_quiet(lambda engine: self._load_part(engine, tensors, body))
                 except (ValueError, OSError, RuntimeError) as error:
                     return failure(f"the weights were not updated: {error}")
                 if loaded is None:
-                    return json_response({"success": True, "message": f"{len(tensors)} tensors loaded."})
+                    return json_response({"success": True, "message": f"{n_tensors} tensors loaded."})
                 version, self.hash = loaded
                 self.label = str(body["weight_version"])
                 return self._updated(version)
@@ -149,7 +153,7 @@ class WeightsAPI:
             await asyncio.sleep(_QUIET_POLL)
         return done[0]
 
-    def _load_part(self, engine: EmbeddedEngine, tensors: Mapping[str, Tensor], body: dict[str, Any]) -> tuple[int, str] | None:
+    def _load_part(self, engine: EmbeddedEngine, tensors: dict[str, Tensor], body: dict[str, Any]) -> tuple[int, str] | None:
         """Version and hash once all parts are there, which no step may come before: it would stamp the old version."""
         start = time.time()
         parameters = engine.parameters()
@@ -157,6 +161,7 @@ class WeightsAPI:
         if unknown:
             raise ValueError(f"the model has no tensor '{min(unknown)}'")
         self._parts.load(tensors, {name: parameters[name] for name in tensors})
+        tensors.clear()
         label = body.get("weight_version")
         loaded = None
         if label is not None:
