@@ -149,6 +149,25 @@ def test_fast_scores_are_sent_together_and_a_hanging_one_harms_only_itself() -> 
     asyncio.run(main())
 
 
+def test_answers_from_before_a_death_count_though_sending_was_what_noticed_it() -> None:
+    async def main() -> None:
+        async with RewardService(workers=1) as service:
+            wrapper = AsyncRewardWrapper(behave)
+            for _ in range(3):
+                await asyncio.gather(*(_score(wrapper, f"score {i}") for i in range(64)))
+            tasks = [asyncio.create_task(_score(wrapper, what)) for what in ("sleep 0.1", "score 2", "die")]
+            while len(service._workers[0].jobs) < 3:
+                await asyncio.sleep(0)
+            tasks += [asyncio.create_task(_score(wrapper, f"score {i}")) for i in range(20)]
+            await asyncio.sleep(0)  # these are to be sent next
+            time.sleep(0.5)  # noqa: ASYNC251  # before that the loop is busy elsewhere: answers and death wait on the socket
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert getattr(results.pop(2), "cause", None) == "reward_died"
+            assert results == [1.0, 2.0, *map(float, range(20))]
+
+    asyncio.run(main())
+
+
 def test_workers_run_in_parallel_and_time_in_the_queue_is_not_counted() -> None:
     async def main() -> None:
         async with RewardService(workers=4, timeout=1.0):

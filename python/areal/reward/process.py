@@ -101,9 +101,14 @@ class RewardProcess(asyncio.Protocol):
             self._deadline = self._loop.time() + job.limit
             self._arm()
         self.jobs.append(job)
-        self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
+        if not self._transport.is_closing():  # else it goes to the next worker with the others
+            self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
 
     def data_received(self, data: bytes) -> None:
+        self._read_answers(data)
+        self._pool.worker_free(self._seconds)
+
+    def _read_answers(self, data: bytes) -> None:
         buffer = self._buffer
         buffer += data
         begin = 0
@@ -115,7 +120,6 @@ class RewardProcess(asyncio.Protocol):
             self._answer(pickle.loads(memoryview(buffer)[begin + FRAME_HEADER.size : end]))
             begin = end
         del buffer[:begin]
-        self._pool.worker_free(self._seconds)
 
     def _answer(self, message: Any) -> None:
         if not self.ready:
@@ -173,6 +177,7 @@ class RewardProcess(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.dead:
             return
+        self._read_rest()
         if not self.ready:
             self._pool.worker_lost(self, f"{self.process.name} died while starting")
             return
@@ -186,6 +191,14 @@ class RewardProcess(asyncio.Protocol):
                 ),
             )
         self._pool.worker_lost(self, None)
+
+    def _read_rest(self) -> None:
+        """Sending to a process that has died breaks the connection before its last answers were read: the death is not theirs."""
+        try:
+            while data := self._socket.recv(1 << 16):
+                self._read_answers(data)
+        except OSError:  # nothing more, or jobs that it never read
+            pass
 
     def kill(self) -> None:
         self.dead = True
