@@ -40,7 +40,7 @@ test: $(VENV)/.test
 test-sglang: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
 	$(BIN)/python -m pytest -m sglang $(IN_PARALLEL) $(PYTEST_ARGS)
 
-# Rollout servers killed with -9 at the worst moments of a weight update, 20 times each; hours on a small machine.
+# Rollout servers killed with -9 at the worst moments of a weight update, 20 times each; over an hour on a small machine.
 stress: $(VENV)/.test $(if $(AREAL_SGLANG_PYTHON),,sglang-env)
 	AREAL_STRESS_REPEATS=20 $(BIN)/python -m pytest tests/test_server_kills.py $(PYTEST_ARGS)
 
