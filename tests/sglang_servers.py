@@ -15,8 +15,6 @@ from areal.inference.sglang import Option, sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
 from tests.sglang_python import sglang_python
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 class SGLangServer:
     """One SGLang process on the CPU, in float32."""

@@ -168,6 +168,21 @@ def test_answers_from_before_a_death_count_though_sending_was_what_noticed_it() 
     asyncio.run(main())
 
 
+def test_a_worker_that_died_while_idle_costs_no_score() -> None:
+    async def main() -> None:
+        async with RewardService(workers=1) as service:
+            wrapper = AsyncRewardWrapper(behave)
+            for _ in range(3):
+                assert await _score(wrapper, "score 1") == 1.0
+                task = asyncio.create_task(_score(wrapper, "score 2"))
+                await asyncio.sleep(0)  # it is to be sent next
+                os.kill(service._workers[0].process.pid, signal.SIGKILL)
+                time.sleep(0.2)  # noqa: ASYNC251  # it is dead before the loop can hear of it
+                assert await task == 2.0
+
+    asyncio.run(main())
+
+
 def test_workers_run_in_parallel_and_time_in_the_queue_is_not_counted() -> None:
     async def main() -> None:
         async with RewardService(workers=4, timeout=1.0):

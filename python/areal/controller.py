@@ -126,7 +126,7 @@ class PPOTrainer:
     def _in_loop(self, coroutine: Any) -> Any:
         try:
             return self._asyncio.run(coroutine)
-        except BaseExceptionGroup as group:
+        except BaseExceptionGroup as group:  # the boundary of the loop's tasks: the first error is the run's
             raise first_error(group) from group
 
     async def _train(self) -> RunTotals:

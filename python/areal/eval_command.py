@@ -25,7 +25,7 @@ def run_eval(config: GRPOConfig) -> Evaluation:
         raise ConfigError("there are no held-out prompts to evaluate on", "set valid_dataset, and evaluator.n_prompts above 0")
     try:
         return asyncio.run(_run(config, Path(config.actor.path).expanduser(), rows))
-    except BaseExceptionGroup as group:
+    except BaseExceptionGroup as group:  # the boundary of the loop's tasks: the first error is the command's
         raise first_error(group) from group
 
 

@@ -37,13 +37,14 @@ class Pool(Protocol):
 
 
 class Job:
-    __slots__ = ("future", "loading", "module", "payload", "timeout")
+    __slots__ = ("future", "loading", "module", "payload", "timeout", "was_sent")
 
     def __init__(self, module: str, payload: bytes, future: asyncio.Future[float], timeout: float) -> None:
         self.module = module
         self.payload = payload
         self.future = future
         self.timeout = timeout
+        self.was_sent = False
         self.loading = False  # sent to a process that has yet to import the module: time for that is not the score's
 
     @property
@@ -101,8 +102,9 @@ class RewardProcess(asyncio.Protocol):
             self._deadline = self._loop.time() + job.limit
             self._arm()
         self.jobs.append(job)
-        if not self._transport.is_closing():  # else it goes to the next worker with the others
+        if not self._transport.is_closing():
             self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
+        job.was_sent = not self._transport.is_closing()  # to a process that has died nothing is: the next one gets it
 
     def data_received(self, data: bytes) -> None:
         self._read_answers(data)
@@ -182,7 +184,7 @@ class RewardProcess(asyncio.Protocol):
             self._pool.worker_lost(self, f"{self.process.name} died while starting")
             return
         self.kill()
-        if self.jobs:
+        if self.jobs and self.jobs[0].was_sent:
             fail(
                 self.jobs.popleft(),
                 RewardFailure(

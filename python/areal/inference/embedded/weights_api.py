@@ -129,7 +129,10 @@ class WeightsAPI:
                 try:
                     tensors = await asyncio.to_thread(fetch)
                     n_tensors = len(tensors)
-                    loaded = await self._when_quiet(lambda engine: self._load_part(engine, tensors, body))
+                    try:
+                        loaded = await self._when_quiet(lambda engine: self._load_part(engine, tensors, body))
+                    finally:
+                        tensors.clear()
                 except (ValueError, OSError, RuntimeError) as error:
                     return failure(f"the weights were not updated: {error}")
                 if loaded is None:
@@ -153,7 +156,7 @@ class WeightsAPI:
             await asyncio.sleep(_QUIET_POLL)
         return done[0]
 
-    def _load_part(self, engine: EmbeddedEngine, tensors: dict[str, Tensor], body: dict[str, Any]) -> tuple[int, str] | None:
+    def _load_part(self, engine: EmbeddedEngine, tensors: Mapping[str, Tensor], body: dict[str, Any]) -> tuple[int, str] | None:
         """Version and hash once all parts are there, which no step may come before: it would stamp the old version."""
         start = time.time()
         parameters = engine.parameters()
@@ -161,7 +164,6 @@ class WeightsAPI:
         if unknown:
             raise ValueError(f"the model has no tensor '{min(unknown)}'")
         self._parts.load(tensors, {name: parameters[name] for name in tensors})
-        tensors.clear()
         label = body.get("weight_version")
         loaded = None
         if label is not None:
