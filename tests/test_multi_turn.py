@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from chat_templates import byte_tokenizer
+from environments import again, fails
 from hypothesis import given
 from hypothesis import strategies as st
+from recomputed import logprobs_of
 from rollout_servers import Server, make_model
 from scripted_engine import ScriptedEngine
-from transformers import AutoModelForCausalLM
 
 from areal.config import ConfigError, GenerationConfig
 from areal.inference.client import RolloutClient
@@ -33,15 +33,6 @@ PROMPT = "a7b*8="
 async def three_is_right(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
     row.setdefault("seen", []).append((prompt, completions, prompt_ids, completion_ids))
     return float(completions == "#3")
-
-
-def again(prompt: str, completion: str, reward: float, turn: int, **row: Any) -> str | None:
-    """Sync: it runs in a reward worker."""
-    return None if completion == "#9" else f"+{turn}-{completion.removeprefix('#')}={row['answer']}"
-
-
-def fails(prompt: str, completion: str, reward: float, turn: int, **row: Any) -> str:
-    raise ZeroDivisionError("hm")
 
 
 def ids(text: str, *, end: bool = False) -> list[int]:
@@ -110,7 +101,7 @@ def test_feedback_functions() -> None:
     t = episode(flow(feedback=again), engine)  # the second feedback is None
     assert t.input_ids.tolist() == ids(PROMPT) + ids("#4", end=True) + ids("+1-4=3") + ids("#9", end=True)
     engine = ScriptedEngine(ids("#4", end=True), ids("#9", end=True))
-    assert episode(flow(feedback="test_multi_turn:again"), engine).input_ids.tolist() == t.input_ids.tolist()
+    assert episode(flow(feedback="environments:again"), engine).input_ids.tolist() == t.input_ids.tolist()
 
     async def on_the_loop(prompt: str, completion: str, reward: float, turn: int, **row: Any) -> str:
         await asyncio.sleep(0)
@@ -190,7 +181,7 @@ def test_what_holds_for_every_episode(answers: list[tuple[str, bool]], max_turns
         ({"feedback": "Wrong!"}, "cannot be tokenized"),
         ({"feedback": ""}, "feedback of MultiTurnWorkflow is empty"),
         ({"feedback": lambda *a, **k: "="}, "cannot be sent to a worker process"),
-        ({"feedback": "test_multi_turn:nothing"}, "feedback='test_multi_turn:nothing' cannot be imported"),
+        ({"feedback": "environments:nothing"}, "feedback='environments:nothing' cannot be imported"),
     ],
 )
 def test_mistakes_are_told_when_it_is_made(changes: dict[str, Any], message: str) -> None:
@@ -229,13 +220,6 @@ def test_on_a_real_server(server: Server, model: Path) -> None:
         assert max(len(_runs(t)) for t in episodes) >= 3
         t = max(episodes, key=lambda t: len(_runs(t)))
         await client.close()
-        assert np.abs(_logprobs(model, t) - t.logprobs)[t.loss_mask].max() < 1e-5
+        assert np.abs(logprobs_of(model, t) - t.logprobs)[t.loss_mask].max() < 1e-5
 
     asyncio.run(main())
-
-
-def _logprobs(model: Path, t: Trajectory) -> np.ndarray:
-    """Of the whole sequence, by transformers."""
-    with torch.no_grad():
-        logprobs = AutoModelForCausalLM.from_pretrained(model)(torch.from_numpy(t.input_ids)[None]).logits[0, :-1].log_softmax(-1)
-    return np.concatenate([[0], logprobs.gather(1, torch.from_numpy(t.input_ids[1:])[:, None])[:, 0].numpy()])
