@@ -42,9 +42,15 @@ def check_config(config: GRPOConfig) -> None:
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    for key in ("reward_fn", "workflow"):
-        if (path := getattr(config, key)) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+    chosen = config.rollout.dynamic_filter
+    named = {"reward_fn": config.reward_fn, "workflow": config.workflow, "rollout.dynamic_filter": "" if chosen == "mixed" else chosen}
+    for key, path in named.items():
+        if path and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
             raise ConfigError(f"{key}='{path}' is not an import path", "write package.module:name")
+    if config.gconfig.n_samples == 1 and chosen == "mixed":
+        raise ConfigError(
+            "rollout.dynamic_filter=mixed compares the samples of a group, and gconfig.n_samples=1", "set gconfig.n_samples=8"
+        )
     for key, device in _devices(config).items():
         _check_device_name(key, device)
 
@@ -238,11 +244,14 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
         sglang_python(config.sglang.python)
     if trains:
         _check_transport(config)
+    from areal.group_filter import build_filter
+
     if config.reward_fn or config.workflow:
         from areal.workflow.build import config_workflow, reward_function
 
         reward_function(config)
         config_workflow(config)
+    build_filter(config.rollout)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):

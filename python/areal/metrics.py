@@ -76,6 +76,10 @@ class RunTotals:
     tokens_generated: int = 0
     tokens_trained: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    filtered: int = 0
+    """Groups that rollout.dynamic_filter left out."""
+    filter_passed: int = 0
+    """Groups that it was against, trained on because of rollout.dynamic_filter_max_waste."""
 
     def add_step(self, row: Mapping[str, Any]) -> None:
         self.train_steps += 1
