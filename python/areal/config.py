@@ -155,6 +155,14 @@ class ActorConfig(Section):
     """r -> (r + reward_bias) * reward_scaling."""
     reward_bias: float = 0.0
     """Added to every reward before it is scaled."""
+    overlong_reward_penalty: bool = False
+    """DAPO: a longer answer than gconfig.max_new_tokens - overlong_tokens earns less, linearly down to overlong_penalty_factor less."""
+    overlong_tokens: int = Field(0, ge=0)
+    """The last tokens of gconfig.max_new_tokens, in which the penalty grows."""
+    overlong_penalty_factor: float = Field(1.0, gt=0)
+    """What an answer of gconfig.max_new_tokens earns less."""
+    mask_truncated: bool = False
+    """Do not train on sequences whose answer was cut off by its length (overlong filtering of DAPO); they count in reward_norm."""
     reward_norm: NormConfig | None = Field(default_factory=NormConfig)
     """Normalisation of rewards into advantages; null = none."""
     adv_norm: NormConfig | None = None

@@ -39,6 +39,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     _check_loss(config)
+    _check_overlong(config)
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
@@ -212,6 +213,22 @@ def _check_loss(config: GRPOConfig) -> None:
         )
     if actor.behav_filter_cap is not None and not actor.recompute_logprob:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
+
+
+def _check_overlong(config: GRPOConfig) -> None:
+    actor, longest = config.actor, config.gconfig.max_new_tokens
+    if not actor.overlong_reward_penalty:
+        if actor.overlong_tokens:
+            raise ConfigError(
+                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
+            )
+        return
+    if not 0 < actor.overlong_tokens <= longest:
+        raise ConfigError(
+            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
+            f"and actor.overlong_tokens={actor.overlong_tokens}",
+            f"set actor.overlong_tokens={max(1, longest // 5)}",
+        )
 
 
 def _check_times(config: GRPOConfig) -> None:

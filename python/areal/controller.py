@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from areal.algo.advantage import compute_advantages
+from areal.algo.advantage import compute_advantages, without_truncated
 from areal.buffer import TrajectoryBuffer
 from areal.cluster import Cluster, first_error
 from areal.config import GRPOConfig
@@ -175,12 +175,14 @@ class PPOTrainer:
                 clock.got_batch()
                 if log is not None:
                     log.write(groups, step)
-                batch = await asyncio.to_thread(self._pack, groups)
+                trained, n_masked = without_truncated(groups) if config.actor.mask_truncated else (groups, 0)
+                batch = await asyncio.to_thread(self._pack, trained)
                 async with cluster.weights.changing_weights():
                     train_stats = await cluster.trainer.train_step(batch)
                     clock.trained(train_stats["spans"])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats)}
+                row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
                 self._side_work(tasks, step + 1)
@@ -196,7 +198,7 @@ class PPOTrainer:
         actor = self.config.actor
         return make_train_batch(
             groups,
-            compute_advantages(groups, actor),
+            compute_advantages(groups, actor, self.config.gconfig.max_new_tokens),
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
             world_size=self._cluster.trainer.world_size,

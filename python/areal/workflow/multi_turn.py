@@ -68,15 +68,23 @@ class MultiTurnWorkflow:
         )
 
     def _check_feedback(self, feedback: Reply) -> None:
-        for is_chat in {False, bool(self._prompts.tokenizer.chat_template)}:
+        tokenizer = self._prompts.tokenizer
+        for is_chat in {False, bool(tokenizer.chat_template)}:
             try:
-                fits = bool(self._prompts.reply(feedback, [], is_chat=is_chat))
+                ids = self._prompts.reply(feedback, [], is_chat=is_chat)
             except Exception as error:  # tokenizers raises bare Exception
                 raise ConfigError(
                     f"the feedback of MultiTurnWorkflow cannot be tokenized ({error})", "set feedback to another text"
                 ) from error
-            if not fits:
+            if not ids:
                 raise ConfigError("the feedback of MultiTurnWorkflow is empty", "give a text, or max_turns=1")
+            # Some tokenizers leave out what they have no token for.
+            lost = set(feedback) - set(tokenizer.decode(ids)) - set(" \t\n") if isinstance(feedback, str) and feedback.isascii() else set()
+            if lost:
+                raise ConfigError(
+                    f"the tokenizer has no tokens for {''.join(sorted(lost))!r} in the feedback of MultiTurnWorkflow",
+                    "set workflow_kwargs.feedback to a text of its characters",
+                )
 
     async def arun_episode(self, engine: GenerationEngine, data: dict[str, Any]) -> dict[str, Any]:
         """The dict of ``to_trajectory``, flat numpy arrays.
