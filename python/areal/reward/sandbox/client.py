@@ -148,7 +148,7 @@ class ForkServer:
             SandboxError: the sandbox failed.
             MissingModule: the tests need a module that is not there.
         """
-        run = _Run(self._socket, limits, limits.wall_seconds)
+        run = _Run(self._socket, self.level, limits, limits.wall_seconds)
         nonce, token = secrets.token_bytes(16), secrets.token_bytes(16)
         run.start(("tests", source, b"", nonce, tests.modules), [nonce, token], marshal.dumps((token, tests.code, tests.true_names)))
         report = run.wait()
@@ -168,7 +168,7 @@ class ForkServer:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return Outcome(False, "wall")
-            run = _Run(self._socket, limits, seconds)
+            run = _Run(self._socket, self.level, limits, seconds)
             run.start(("case", source, case.stdin.encode(errors="surrogatepass"), b"", {}), [], b"")
             report = run.wait()
             ended = report[0] == "ended" and not run.why and os.waitstatus_to_exitcode(report[1]) == 0
@@ -185,8 +185,9 @@ def same_output(written: str, wanted: str) -> bool:
 class _Run:
     """One program as the judge sees it: its channel, its output, and the fork server that watches it."""
 
-    def __init__(self, server: socket.socket, limits: Limits, seconds: float) -> None:
+    def __init__(self, server: socket.socket, level: Level, limits: Limits, seconds: float) -> None:
         self._server = server
+        self._level = level
         self._limits = limits
         self._seconds = seconds
         self.why = ""
@@ -329,9 +330,11 @@ class _Run:
             return self.why
         if how in ("cpu", "wall", "memory"):
             return how
-        if os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXCPU):
+        if how == "ended" and os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXCPU):
             if cpu > self._limits.cpu_seconds - 0.5:
                 return "cpu"
+            if self._level == "namespaces":  # nothing inside can kill the first process there
+                raise SandboxError("a program was killed from outside of its sandbox; has the machine no memory left?")
         return "failed"
 
 

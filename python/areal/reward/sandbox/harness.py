@@ -134,7 +134,8 @@ class _UnittestEnded(BaseException):
 def _recording_main(verdicts: list[bool]) -> type[unittest.TestProgram]:
     class RecordingProgram(unittest.TestProgram):
         def runTests(self) -> None:
-            ends, self.exit = self.exit, False
+            ends = self.__dict__["exit"]
+            self.exit = False
             super().runTests()
             verdicts.append(_successful(self.result))
             if ends:

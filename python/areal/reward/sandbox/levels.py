@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from .client import ForkServer, LevelMissing, SandboxError, start
+from .client import ForkServer, LevelMissing, start
 from .limits import Isolation
 
 HINT = (

@@ -116,6 +116,7 @@ class RlimitCell:
             drop_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         os.chdir(self._folder)
+        tempfile.tempdir = None  # ours; the program's is this folder
         restrict_files(self._paths, [self._folder], [d for d in DEVICES if os.path.exists(d)])
         if self._seccomp:
             install_seccomp(seccomp_program(forks=False, only_signals=os.getpid()))
