@@ -60,6 +60,7 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
         "gconfig": (evaluation and config.evaluator.gconfig) or config.gconfig,
         "tokenizer": tokenizer,
         "max_prompt_len": dataset.max_prompt_len,
+        "isolation": config.reward.isolation,
         "max_context": longest_context(config, evaluation=evaluation),
     }
     if "reward_fn" in takes and "reward_fn" not in config.workflow_kwargs:

@@ -157,6 +157,18 @@ class ForkServer:
         passed = run.done and not run.garbage and not run.why
         return Outcome(passed, "passed" if passed else run.verdict(report), run.text())
 
+    def run_program(self, source: str, stdin: str, limits: Limits) -> Outcome:
+        """``source`` as a program; it has passed when it ends by itself with exit status 0. ``detail`` is all that it wrote.
+
+        Raises:
+            SandboxError: the sandbox failed.
+        """
+        run = _Run(self._socket, self.level, limits, limits.wall_seconds)
+        run.start(("case", source, stdin.encode(errors="surrogatepass"), b"", {}), [], b"")
+        report = run.wait()
+        ended = report[0] == "ended" and not run.why and not run.garbage and os.waitstatus_to_exitcode(report[1]) == 0
+        return Outcome(ended, "passed" if ended else run.verdict(report), run.text())
+
     def run_cases(self, source: str, cases: Sequence[Case], limits: Limits) -> Outcome:
         """The completion as a program, once for each case, until one fails.
 
