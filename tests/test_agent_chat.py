@@ -14,7 +14,7 @@ from chat_templates import END_OF_TURN, byte_tokenizer
 from areal.agent.chat import Chat
 from areal.agent.export import export
 from areal.agent.openai_answers import Answer
-from areal.agent.openai_protocol import parse_chat
+from areal.agent.openai_protocol import parse_chat, parse_completion
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
 from areal.agent.tool_calls import hermes
@@ -208,6 +208,28 @@ def test_what_extends_an_earlier_turn_is_compared_by_value() -> None:
         assert (sequences[3]["versions"] == 7).sum() == len(t.outputs[0] + t.outputs[4]), "sampled tokens keep their versions as context"
 
     talk(main, "qwen2.5")
+
+
+@pytest.mark.parametrize("text", ["yes", "\nthe e"])
+def test_plain_completions_that_go_on_take_over_tokens(text: str) -> None:
+    async def main(t: Talk) -> None:
+        async def complete(prompt: str | list[int], reason: str = CUT) -> None:
+            t.engine.texts.append((text, reason))
+            await t.session.answer(parse_completion(orjson.dumps({"prompt": prompt, "stop": ["e"]})))
+
+        await complete("the abc")
+        first = t.session.turns[0]
+        await complete("the abc" + text + "abc12")
+        await complete([*first.ids, 5])
+        await complete([*first.ids[:-1], 5])
+        await complete("another", ENDED)
+        await complete("another" + text + "abc")
+        parents = [turn.parent for turn in t.session.turns]
+        assert parents == [None, first, first, None, None, None], "an end that the text does not show is not taken over"
+        assert t.prompts[1] == first.ids + t.tokenizer("abc12")["input_ids"]
+        assert t.shown(t.prompts[5]) == "another" + text + "abc"
+
+    talk(main, "none")
 
 
 def test_hermes_tool_calls() -> None:
