@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import inspect
 import logging
 import threading
@@ -79,6 +80,7 @@ class AgentWorkflow:
         tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._chat = Chat(tokenizer, options, tool_parser)
+        self._gconfig, self._max_context = gconfig, max_context
         self._rules = SamplingRules(gconfig, training=training, max_context=max_context)
         self._address = (host, port)
 
@@ -101,6 +103,12 @@ class AgentWorkflow:
         if not session.turns:
             raise EpisodeDropped("agent_made_no_call", "the agent returned a reward without a single answered call to base_url")
         return export(session.turns, reward, style=self._style, turn_discount=self._discount)
+
+    def for_evaluation(self, gconfig: GenerationConfig | None = None) -> AgentWorkflow:
+        """The same agent without training's limits on sampling; ``gconfig``: None = the same."""
+        other = copy.copy(self)
+        other._rules = SamplingRules(gconfig or self._gconfig, training=False, max_context=self._max_context)
+        return other
 
     async def aclose(self) -> None:
         """Closes the endpoint, which others may share, before the event loop ends."""
