@@ -32,7 +32,7 @@ class MultiTurnWorkflow:
             returns one of these or None, or its import path as package.module:name. ``turn`` counts from 1. An async function runs on
             the event loop, any other in a reward worker; one that fails drops the group, cause feedback_failed.
         feedback_timeout: seconds for a feedback function; None = that of the reward service.
-        max_context: tokens of the whole sequence at most; None = no bound here.
+        max_context: tokens of the whole sequence at most; 0 = no bound here.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MultiTurnWorkflow:
         feedback: Reply | Callable[..., Any] = FEEDBACK,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
-        max_context: int | None = None,
+        max_context: int = 0,
         reward_timeout: float | None = None,
         feedback_timeout: float | None = None,
     ) -> None:

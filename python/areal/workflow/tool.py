@@ -34,7 +34,7 @@ class ToolWorkflow:
         max_calls: calls of an episode at most.
         tool_timeout: seconds for a call of a tool that does not say its own.
         max_result_chars: longer results are told without their middle.
-        max_context: tokens of the whole sequence at most; None = no bound here.
+        max_context: tokens of the whole sequence at most; 0 = no bound here.
         isolation: of the tool "python", as in ``CodeReward``.
     """
 
@@ -50,7 +50,7 @@ class ToolWorkflow:
         max_result_chars: int = 4000,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
-        max_context: int | None = None,
+        max_context: int = 0,
         reward_timeout: float | None = None,
         isolation: Isolation = "auto",
     ) -> None:
