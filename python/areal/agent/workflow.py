@@ -18,10 +18,10 @@ from areal.agent.export import Style, export
 from areal.agent.http_clients import http_clients
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
-from areal.agent.tool_calls import ToolCall, hermes
 from areal.config import ConfigError, GenerationConfig
 from areal.reward.service import is_async
 from areal.run_folder import load_tokenizer
+from areal.tool_calls import ToolCall, hermes
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
 
 log = logging.getLogger(__name__)

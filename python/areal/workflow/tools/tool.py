@@ -1,25 +1,15 @@
-"""A tool, a call of it, and what the model is told of the result."""
+"""A tool, and what the model is told of the result of a call."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from areal.config import ConfigError
 from areal.workflow.base import EpisodeDropped
 from areal.workflow.user_code import CallFailed, call, check_sendable
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """What the model asks for, read from its text."""
-
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-    """What is wrong with how it was written: this is what the model is told, and nothing is called."""
 
 
 @dataclass(frozen=True, slots=True)
