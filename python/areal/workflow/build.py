@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.config_check import longest_context
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -59,6 +60,7 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
         "gconfig": (evaluation and config.evaluator.gconfig) or config.gconfig,
         "tokenizer": tokenizer,
         "max_prompt_len": dataset.max_prompt_len,
+        "max_context": longest_context(config, evaluation=evaluation),
     }
     if "reward_fn" in takes and "reward_fn" not in config.workflow_kwargs:
         has["reward_fn"] = reward_function(config)
