@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from areal.agent.workflow import AgentWorkflow as AgentWorkflow
     from areal.config import ConfigError as ConfigError
     from areal.config import GenerationConfig as GenerationConfig
     from areal.config import GenerationConfig as GenerationHyperparameters
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from areal.workflow.tools import ToolCall as ToolCall
 
 _HOMES = {
+    "AgentWorkflow": "areal.agent.workflow",
     "AsyncRewardWrapper": "areal.reward.service",
     "ConfigError": "areal.config",
     "GRPOConfig": "areal.config",
@@ -49,6 +51,7 @@ _HOMES = {
 _NAMES_THERE = {"GenerationHyperparameters": "GenerationConfig"}  # AReaL's name for it
 
 __all__ = [
+    "AgentWorkflow",
     "AsyncRewardWrapper",
     "ConfigError",
     "GRPOConfig",

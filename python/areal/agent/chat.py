@@ -90,15 +90,21 @@ class Chat:
 
     def encode_all(self, text: str) -> list[int]:
         """A rendered prompt. A template writes special tokens itself; without one the tokenizer adds its own."""
-        return list(self.tokenizer(text, add_special_tokens=not self._has_template)["input_ids"])
+        return self._encode(text, not self._has_template)
 
     def encode_text(self, text: str) -> list[int]:
         """The prompt of a plain completion."""
-        return list(self.tokenizer(text)["input_ids"])
+        return self._encode(text, True)
 
     def encode_rest(self, text: str) -> list[int]:
         """What stands behind other tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return self._encode(text, False) if text else []
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        except Exception as error:  # tokenizers raises bare Exception where a text cannot be written in its vocabulary
+            raise ApiError(400, f"the prompt cannot be tokenized: {error}") from error
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))

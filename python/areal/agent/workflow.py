@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import inspect
 import logging
 import threading
@@ -45,7 +46,7 @@ class AgentWorkflow:
         export_style: ``concat`` = turns that extend one another are one sequence; ``individual`` = each turn is one (see ``export.py``).
         turn_discount: see ``export``.
         training: False = for evaluation: requests may set temperature, top_p and top_k.
-        max_context: longest prompt + answer in tokens; 0 = the server's, which then refuses what is longer.
+        max_context: longest prompt + answer in tokens; None = the server's, which then refuses what is longer.
         enable_thinking: handed to the chat template; None = the template's own default.
         tool_parser: how tool calls are read out of an answer.
         host, port: what the endpoint listens on; port 0 = a free one.
@@ -61,7 +62,7 @@ class AgentWorkflow:
         export_style: Style = "concat",
         turn_discount: float = 1.0,
         training: bool = True,
-        max_context: int = 0,
+        max_context: int | None = None,
         enable_thinking: bool | None = None,
         tool_parser: Callable[[str], tuple[str, list[ToolCall]]] = hermes,
         host: str = "127.0.0.1",
@@ -79,6 +80,7 @@ class AgentWorkflow:
         tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._chat = Chat(tokenizer, options, tool_parser)
+        self._gconfig, self._max_context = gconfig, max_context
         self._rules = SamplingRules(gconfig, training=training, max_context=max_context)
         self._address = (host, port)
 
@@ -101,6 +103,12 @@ class AgentWorkflow:
         if not session.turns:
             raise EpisodeDropped("agent_made_no_call", "the agent returned a reward without a single answered call to base_url")
         return export(session.turns, reward, style=self._style, turn_discount=self._discount)
+
+    def for_evaluation(self, gconfig: GenerationConfig | None = None) -> AgentWorkflow:
+        """The same agent without training's limits on sampling; ``gconfig``: None = the same."""
+        other = copy.copy(self)
+        other._rules = SamplingRules(gconfig or self._gconfig, training=False, max_context=self._max_context)
+        return other
 
     async def aclose(self) -> None:
         """Closes the endpoint, which others may share, before the event loop ends."""
