@@ -147,26 +147,42 @@ def test_a_child_that_is_killed_by_others_costs_no_score() -> None:
     assert math_process._VERIFIER.child is not child
 
 
-def test_a_child_that_dies_over_an_answer_twice_or_is_stuck_is_the_answers_fault() -> None:
-    assert math_equal("\\boxed{x+1}", "1+x")
+def test_an_answer_over_which_the_child_dies_twice_is_wrong() -> None:
     with ThreadPoolExecutor(1) as thread:
         endless = thread.submit(math_equal, "\\boxed{2^{2^{2^{100}}}}", "7", 60.0)
         killed: set[int] = set()
         while not endless.done():
             child = math_process._VERIFIER.child
-            if child is not None and child.process.pid not in killed and _cpu_seconds(child.process.pid) > 1.0:
+            if child is not None and child.process.pid not in killed and _cpu_seconds(child.process.pid) > 2.0:
                 killed.add(child.process.pid)
                 os.kill(child.process.pid, signal.SIGKILL)
             time.sleep(0.02)
         assert not endless.result() and len(killed) == 2
         assert math_equal("\\boxed{x+1}", "1+x")
-        child = math_process._VERIFIER.child
-        assert child is not None
-        assert f"{2 << 30} " in Path(f"/proc/{child.process.pid}/limits").read_text()  # its memory
-        os.kill(child.process.pid, signal.SIGSTOP)  # it hears no timer
-        with pytest.raises(MathScorerError):
-            math_equal("\\boxed{x+1}", "1+x", 0.1)
-        assert math_equal("\\boxed{x+1}", "1+x")
+
+
+def test_a_child_that_gets_no_time_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert math_equal("\\boxed{x+1}", "1+x")
+    child = math_process._VERIFIER.child
+    assert child is not None
+    assert f"{2 << 30} " in Path(f"/proc/{child.process.pid}/limits").read_text()  # its memory
+    os.kill(child.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(math_process, "_STARVED", 0.2)
+    with pytest.raises(MathScorerError, match="got no CPU time"):
+        math_equal("\\boxed{x+1}", "1+x", 0.1)
+    monkeypatch.undo()
+    assert math_equal("\\boxed{x+1}", "1+x")
+
+
+def test_what_no_python_signal_interrupts_is_ended_by_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import signal\nsignal.setitimer = lambda *_: None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    math_process._VERIFIER.drop()
+    assert not math_equal("\\boxed{2^{2^{2^{100}}}}", "7", time_limit=0.1)
+    assert math_equal("\\boxed{x+1}", "1+x")
+    with pytest.raises(MathScorerError, match=r"the reference answer .* 0\.1 s"):
+        math_equal("\\boxed{x+1}", "(" * 200 + "1" + ")" * 200, time_limit=0.1)
+    math_process._VERIFIER.drop()
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -177,7 +193,7 @@ def _cpu_seconds(pid: int) -> float:
 def test_without_math_verify_a_score_fails_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    math_process._VERIFIER.drop(None)
+    math_process._VERIFIER.drop()
     assert math_equal("\\boxed{72.0}", "72")
     with pytest.raises(MathScorerError, match=r"does not start: No module named math_verify; pip install '\.\[train\]'"):
         math_equal("\\boxed{x+1}", "1+x")

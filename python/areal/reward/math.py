@@ -24,7 +24,7 @@ from areal.reward.answers import (
 from areal.reward.math_process import symbolically_equal
 
 TIME_LIMIT = 5.0
-"""Seconds that an answer may take; one that takes longer is wrong."""
+"""Seconds of CPU time that an answer may take; one that takes longer is wrong."""
 _ASSIGNMENT = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*([^=]+)")
 _TERM = re.compile(r"[\d}][A-Za-z]$")
 
@@ -51,13 +51,18 @@ def reference_answer(answer: object = None, solution: object = None) -> str:
 
 
 def math_equal(prediction: str, reference: str, time_limit: float = TIME_LIMIT) -> bool:
-    """Whether the final answer of the text ``prediction`` equals that of ``reference``.
+    """Whether the final answer of the text ``prediction`` equals that of ``reference``; errors as of ``math_score``."""
+    return bool(math_score(prediction, reference, time_limit=time_limit))
+
+
+def math_score(completion: str, answer: object = None, solution: object = None, time_limit: float = TIME_LIMIT) -> float:
+    """1.0 when the final answer of ``completion`` equals the reference, else 0.0, also when it takes over ``time_limit`` seconds of CPU time.
 
     Raises:
-        ValueError: the reference is empty.
+        ValueError: there is no reference, or it is empty.
         MathScorerError: no verdict can be had, or the reference takes over ``time_limit`` seconds.
     """
-    return _verdict(prediction, reference_answer(reference), time_limit)
+    return float(_verdict(completion, reference_answer(answer, solution), time_limit))
 
 
 def _verdict(prediction: str, gold: str, time_limit: float) -> bool:
@@ -111,7 +116,7 @@ def math_reward(
         ValueError: the row has neither: that is a fault of the data, not of the model.
         MathScorerError: no verdict can be had, or the reference takes too long to read.
     """
-    return float(_verdict(str(completions), reference_answer(answer, solution), TIME_LIMIT))
+    return math_score(str(completions), answer, solution)
 
 
 gsm8k_reward_fn = math_reward  # AReaL's name

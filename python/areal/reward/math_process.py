@@ -1,8 +1,9 @@
 """math-verify in a process of its own, so that what an answer takes in time and memory is bounded from outside, in any thread.
 
-An answer may be a tower of powers, a factorial or a sum that no signal interrupts, and may ask for any memory. The process that scores keeps one child
-(started at the first answer that is not a plain number), and kills it when it is late; so a scorer's own process never hangs. Who waits on whom:
-the scorer on its child, at most twice ``seconds`` and two seconds more; the child on its parent, whose death ends it.
+An answer may be a tower of powers, a factorial or a sum that no Python signal handler interrupts, and may ask for any memory. The process that scores
+keeps one child, started at the first answer that needs it. What counts is the child's CPU time, so that a busy machine makes no answer wrong: a timer ends
+most, and the kernel the child itself a second later. Who waits on whom: the scorer on its child, ``_wall_seconds`` for the reference and again for the
+answer, after which it is the machine's fault; the child on its parent, whose death ends it.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import multiprocessing
 import os
+import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from areal.launcher.local import ChildProcess
+from areal.launcher.local import ChildProcess, die_with_parent
 
 _START_SECONDS = 60.0
-_GRACE = 1.0  # between the child's own timer and the parent's
+_STARVED = 5.0  # seconds, and 4 times the CPU time allowed: a child that is silent for longer does not get to run
 _MEMORY = 2 << 30  # bytes of address space; sympy itself takes a tenth
 _READY, _READ, _UNREADABLE, _LATE, _EQUAL, _DIFFERENT = "ready", "read", "unreadable", "late", "equal", "different"
 
-_Job = tuple[str, str, float, bool]  # reference, answer, seconds for each, whether units are dropped
+_Job = tuple[str, str, float, bool]  # reference, answer, CPU seconds for each, whether units are dropped
 
 
 class MathScorerError(RuntimeError):
@@ -42,8 +46,12 @@ class _Child:
             self.process = ChildProcess("math-verify", argv, Path(os.devnull), pass_fds=[theirs.fileno()])
 
     def receive(self, seconds: float) -> str | None:
-        """Its next message, or None. Raises EOFError or OSError when it has died."""
-        return self.connection.recv() if self.connection.poll(seconds) else None
+        """Its next message, for which it has so much CPU time, or None. Raises EOFError or OSError when it has died."""
+        return self.connection.recv() if self.connection.poll(_wall_seconds(seconds)) else None
+
+
+def _wall_seconds(cpu_seconds: float) -> float:
+    return 4 * cpu_seconds + _STARVED
 
 
 class _Verifier:
@@ -72,23 +80,27 @@ class _Verifier:
         if status == _READ:
             assert self.child is not None
             try:
-                return self.child.receive(seconds + _GRACE) or self.drop(_LATE)
+                status = self.child.receive(seconds)
             except (EOFError, OSError):
-                return self.drop(None)
-        if status != _UNREADABLE:
+                return _DIFFERENT if self.drop() == -signal.SIGXCPU else None
+        if status is None:
+            self.drop()
+            raise MathScorerError(f"math-verify got no CPU time: it was silent for {_wall_seconds(seconds):g} s")
+        if status == _LATE:
             raise MathScorerError(f"the reference answer {reference[:80]!r} took math-verify over {seconds:g} s; simplify it")
         return status
 
     def _send(self, job: _Job) -> str | None:
-        """What the child says of the reference; None when it says nothing in time. A child that died while idle is replaced."""
+        """What the child says of the reference; None when it says nothing. A child that died while idle is replaced."""
         for attempt in (1, 2):
             child = self._started()
             try:
                 child.connection.send(job)
-                return child.receive(job[2] + _GRACE) or self.drop(None)
+                return child.receive(job[2])
             except (EOFError, OSError) as error:
-                code = child.process.wait(_GRACE)
-                self.drop(None)
+                code = self.drop()
+                if code == -signal.SIGXCPU:
+                    return _LATE
                 if attempt == 2:
                     raise MathScorerError(f"math-verify's process ended (code {code}) over the reference answer {job[0][:80]!r}") from error
         raise AssertionError
@@ -97,21 +109,23 @@ class _Verifier:
         if self.child is None:
             self.child = _Child()
             try:
-                status = self.child.receive(_START_SECONDS)
+                status = self.child.connection.recv() if self.child.connection.poll(_START_SECONDS) else ""
             except (EOFError, OSError):
-                status = f"its process ended with code {self.child.process.wait(_GRACE)}"
+                status = f"its process ended with code {self.child.process.wait(1.0)}"
             if status != _READY:
-                self.drop(None)
+                self.drop()
                 raise MathScorerError(f"math-verify does not start: {status or f'it was not ready after {_START_SECONDS:g} s'}")
         return self.child
 
-    def drop(self, status: str | None) -> str | None:
-        """Ends the child; the next job gets a new one."""
-        if self.child is not None:
-            self.child.connection.close()
-            self.child.process.kill()
-            self.child = None
-        return status
+    def drop(self) -> int | None:
+        """Ends the child, and returns its exit code; the next job gets a new one."""
+        child, self.child = self.child, None
+        if child is None:
+            return None
+        child.connection.close()
+        child.process.wait(1.0)  # it may be about to: how it ended matters
+        child.process.kill()
+        return child.process.poll()
 
 
 _VERIFIER = _Verifier()
@@ -120,7 +134,7 @@ _VERIFIER = _Verifier()
 def symbolically_equal(reference: str, answer: str, seconds: float, *, units: bool = True) -> bool:
     """Whether math-verify holds two expressions for equal. ``units``: drop them from both.
 
-    False for an answer that takes over ``seconds`` or all memory, and for a reference that math-verify cannot read: it equals nothing.
+    False for an answer that takes over ``seconds`` of CPU time or all memory, and for a reference that math-verify cannot read: it equals nothing.
 
     Raises:
         MathScorerError: the reference takes over ``seconds``, or math-verify does not run.
@@ -138,11 +152,15 @@ def _time_up(_number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """CPU time: ``_TimeUp`` where Python code runs, and where none does SIGXCPU, which nothing catches, at least a second later."""
+    used, hard = time.process_time(), resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = math.ceil(used + seconds + 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @functools.lru_cache(maxsize=256)  # the answers of a group have one reference
@@ -176,21 +194,22 @@ def _judge(connection: Connection, reference: str, answer: str, seconds: float, 
 
 def main(fd: int) -> None:
     """The child: jobs in, verdicts out."""
-    import resource
-
-    from areal.launcher.local import die_with_parent
-
     die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    signal.signal(signal.SIGALRM, _time_up)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, _time_up)
     connection = Connection(fd)
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they warn of every timer that they were told not to set
     try:
-        import math_verify  # noqa: F401
+        from math_verify import verify
+
+        verify(
+            _parse("\\sqrt{x}+1", True), _parse("1+x", True), timeout_seconds=None
+        )  # loads the parser's tables and much of sympy: nobody's time
     except ImportError as error:
         connection.send(f"{error}; pip install '.[train]'")
         return
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they warn of every timer that they were told not to set
     connection.send(_READY)
     with contextlib.suppress(EOFError, OSError):
         while True:
