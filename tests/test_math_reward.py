@@ -208,6 +208,7 @@ def test_without_math_verify_a_score_fails_with_the_way_out(monkeypatch: pytest.
         {"answer": None},
         {"answer": "#### "},
         {"answer": "\\boxed{}"},
+        {"answer": "so \\boxed{5"},
         {"answer": ["5"]},
         {"answer": True},
     ],

@@ -93,6 +93,7 @@ def test_an_empty_file_gives_an_empty_one(tmp_path: Path) -> None:
         (["math", "in.jsonl", "--out", "o", "--workers", "0"], "--workers 0"),
         (["math", "in.jsonl", "--out", "o", "--timeout", "-1"], "--timeout -1"),
         (["math", "in.jsonl", "--out", "o", "--timeout", "nan"], "--timeout nan"),
+        (["math", "in.jsonl", "--out", "o", "--isolation", "rlimit"], "--isolation rlimit is for code"),
         (["math", "in.jsonl"], "--out"),
         (["poetry", "in.jsonl", "--out", "o"], "poetry"),
     ],
@@ -183,3 +184,35 @@ def test_a_terminal_shows_a_bar(no_color: str, tmp_path: Path) -> None:
     assert process.communicate(timeout=30)[0].decode() == f"{tmp_path / 'out'}\n"
     assert b"scoring" in shown and b" rows, 0 failed" in shown and b"mean score 1.0000 of 3000" in shown
     assert (re.search(rb"\x1b\[[0-9;]*(?:3|9)[0-7]m", shown) is None) == bool(no_color)
+
+
+GOOD, BAD = "```python\ndef add(a, b):\n    return a + b\n```", "```python\ndef add(a, b):\n    return a - b\n```"
+ASSERTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0"
+CASES = [{"stdin": "2 3\n", "stdout": "5\n"}, {"stdin": "1 1\n", "stdout": "2"}]
+READS = "a, b = map(int, input().split())\nprint(a + b)"
+
+
+def test_code_against_test_programs_and_stdin_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"completion": GOOD, "tests": ASSERTS, "id": 1},
+        {"completion": BAD, "tests": ASSERTS},
+        {"completion": READS, "tests": CASES},
+        {"completion": READS.replace("+", "*"), "tests": CASES},
+        {"completion": "while True: pass", "tests": ASSERTS},
+        {"completion": "import sys\nsys.exit(0)", "tests": ASSERTS},
+        {"completion": GOOD},
+        {"completion": GOOD, "tests": ""},
+        {"completion": GOOD, "tests": "assert ("},
+        {"completion": GOOD, "tests": [{"stdin": "1"}]},
+        {"completion": GOOD, "tests": ASSERTS},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["score", "code", str(file), "--out", str(out), "--workers", "2", "--timeout", "1"]) == 0
+    scored = _rows(out)
+    assert [row.get("score") for row in scored] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, None, None, None, None, 1.0]
+    assert scored[0] == {**rows[0], "score": 1.0}
+    assert [row["failure"]["cause"] for row in scored[6:10]] == ["malformed_row"] * 2 + ["reward_raised"] * 2
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"
+    assert "programs are run at the isolation level " in printed.err and "failures: 2 malformed_row, 2 reward_raised" in printed.err

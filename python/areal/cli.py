@@ -107,6 +107,9 @@ def _add_score(commands: argparse._SubParsersAction[_Parser]) -> None:
     score.add_argument("--out", metavar="OUT", required=True, help="appears whole, or not at all")
     score.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that score; default: a core each")
     score.add_argument("--timeout", type=float, metavar="S", help="CPU seconds that an answer may take; one that takes longer scores 0")
+    score.add_argument(
+        "--isolation", choices=["auto", "namespaces", "rlimit"], help="code: how programs are confined; a named level is demanded"
+    )
     score.add_argument("--completion-key", default="completion", metavar="KEY", help="the column of the completions")
 
 
@@ -289,7 +292,8 @@ def _score(args: argparse.Namespace) -> int:
 
     _end_in_order()
     out = Path(args.out)
-    summary = run_score(args.kind, Path(args.file), out, workers=args.workers, timeout=args.timeout, completion_key=args.completion_key)
+    options = {name: getattr(args, name) for name in ("workers", "timeout", "completion_key", "isolation")}
+    summary = run_score(args.kind, Path(args.file), out, **options)
     print(summary, file=sys.stderr)
     print(out)
     return 0

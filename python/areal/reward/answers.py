@@ -1,7 +1,7 @@
 """What a text gives as its final answer, and plain numbers as exact fractions. No sympy: most answers need no more than this.
 
-The answer of a completion is, in this order, what its last ``\\boxed{}`` or its last ``####`` holds (the later of the two), what follows its last "the
-answer is", or its last expression. Text that only leads there is never looked at.
+The answer of a completion is, in this order, what its last ``\\boxed{}`` or its last ``####`` holds (the later of the two), what follows
+its last "the answer is", or its last expression. Text that only leads there is never looked at.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _PLAIN = re.compile(
     (?P<sign>[-+]?)\s*
     (?: (?P<integer>\d{{1,3}}(?:,\d{{3}})+ | \d{{1,3}}(?:[ ]\d{{3}})+ | \d{{1,300}})? (?P<decimals>\.\d{{0,300}})?
       | (?:(?P<whole>\d{{1,300}})\s+)? (?P<n>\d{{1,300}})\s*/\s*(?P<d>\d{{1,300}})
-      | (?P<whole2>\d{{1,300}})?\s* \\frac\s* (?: \{{\s*(?P<n2>-?\d{{1,300}})\s*\}}\s*\{{\s*(?P<d2>\d{{1,300}})\s*\}} | (?P<n3>\d)(?P<d3>\d) )
+      | (?P<whole2>\d{{1,300}})?\s* \\frac\s*
+        (?: \{{\s*(?P<n2>-?\d{{1,300}})\s*\}}\s*\{{\s*(?P<d2>\d{{1,300}})\s*\}} | (?P<n3>\d)(?P<d3>\d) )
     )
     \s*(?P<percent>%|percent(?:age)?\b|pct\b)?
     \s*(?P<multiplier>{"|".join(_MULTIPLIERS)})?

@@ -30,10 +30,10 @@ _TERM = re.compile(r"[\d}][A-Za-z]$")
 
 
 def reference_answer(answer: object = None, solution: object = None) -> str:
-    """What a row's answer must equal: ``answer``, or what is boxed in it or stands behind its ``####``; without one, the last box of ``solution``.
+    """What a row's answer must equal: ``answer``, or what is boxed in it or follows its ``####``; without one, the last box of ``solution``.
 
     Raises:
-        ValueError: the row has no reference answer.
+        ValueError: the row has no reference answer, or its box is not closed.
     """
     given = solution if answer is None else answer
     if given is None or isinstance(given, bool) or not isinstance(given, (str, int, float)) or not str(given).strip():
@@ -45,8 +45,8 @@ def reference_answer(answer: object = None, solution: object = None) -> str:
     if "\\boxed" in text or "\\fbox" in text or "####" in text:
         text = final_answer(text) or ""
     text = text.strip()
-    if not text:
-        raise ValueError("the reference answer is empty")
+    if not text or "\\boxed" in text:
+        raise ValueError(f"the reference answer is {'a box that is not closed' if text else 'empty'}")
     return text
 
 
@@ -56,7 +56,10 @@ def math_equal(prediction: str, reference: str, time_limit: float = TIME_LIMIT) 
 
 
 def math_score(completion: str, answer: object = None, solution: object = None, time_limit: float = TIME_LIMIT) -> float:
-    """1.0 when the final answer of ``completion`` equals the reference, else 0.0, also when it takes over ``time_limit`` seconds of CPU time.
+    """1.0 when the final answer of ``completion`` equals the reference, else 0.0.
+
+    Args:
+        time_limit: seconds of CPU time; an answer that takes longer is wrong.
 
     Raises:
         ValueError: there is no reference, or it is empty.
@@ -108,9 +111,9 @@ def math_reward(
     solution: str | None = None,
     **row: Any,
 ) -> float:
-    """1.0 when the final answer of ``completions`` equals the row's ``answer`` (a number, an expression, a choice, or a GSM8K solution), else 0.0.
+    """1.0 when the final answer of ``completions`` equals the row's ``answer``, else 0.0.
 
-    A row without ``answer`` may have a ``solution`` whose last box is the answer (MATH).
+    ``answer`` is a number, an expression, a choice, words, or a solution with a ``####`` or a box. A row without ``answer`` may have a ``solution`` whose last box is the answer (MATH).
 
     Raises:
         ValueError: the row has neither: that is a fault of the data, not of the model.

@@ -1,9 +1,10 @@
 """math-verify in a process of its own, so that what an answer takes in time and memory is bounded from outside, in any thread.
 
-An answer may be a tower of powers, a factorial or a sum that no Python signal handler interrupts, and may ask for any memory. The process that scores
-keeps one child, started at the first answer that needs it. What counts is the child's CPU time, so that a busy machine makes no answer wrong: a timer ends
-most, and the kernel the child itself a second later. Who waits on whom: the scorer on its child, ``_wall_seconds`` for the reference and again for the
-answer, after which it is the machine's fault; the child on its parent, whose death ends it.
+An answer may be a tower of powers, a factorial or a sum that no Python signal handler interrupts, and may ask for any memory. The process
+that scores keeps one child, started at the first answer that needs it. What counts is the child's CPU time, so that a busy machine makes
+no answer wrong: a timer ends most, and the kernel the child itself a second later. Who waits on whom: the scorer on its child,
+``_wall_seconds`` for the reference and again for the answer, after which it is the machine's fault; the child on its parent, whose death
+ends it.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ _VERIFIER = _Verifier()
 def symbolically_equal(reference: str, answer: str, seconds: float, *, units: bool = True) -> bool:
     """Whether math-verify holds two expressions for equal. ``units``: drop them from both.
 
-    False for an answer that takes over ``seconds`` of CPU time or all memory, and for a reference that math-verify cannot read: it equals nothing.
+    False for an answer that takes over ``seconds`` of CPU time or all memory, and for a reference that math-verify cannot read.
 
     Raises:
         MathScorerError: the reference takes over ``seconds``, or math-verify does not run.

@@ -14,16 +14,21 @@ import errno
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from areal.config import ConfigError
 from areal.reward.math import TIME_LIMIT, math_score, reference_answer
 from areal.reward.service import RewardFailure, RewardService
+
+if TYPE_CHECKING:
+    from areal.reward.code import CodeReward
+    from areal.reward.sandbox.limits import Isolation
 
 _ROWS_IN_FLIGHT = 1024
 _BYTES_IN_FLIGHT = 64 << 20
@@ -61,13 +66,21 @@ class _InFlight:
 
 
 def run_score(
-    kind: str, file: Path, out: Path, *, workers: int, timeout: float | None = None, completion_key: str = "completion"
+    kind: str,
+    file: Path,
+    out: Path,
+    *,
+    workers: int,
+    timeout: float | None = None,
+    completion_key: str = "completion",
+    isolation: Isolation | None = None,
 ) -> Summary:
     """Scores ``file`` into ``out``, which appears whole or not at all.
 
     Args:
         kind: math or code.
         timeout: CPU seconds that one answer may take; None = the scorer's own limit.
+        isolation: how programs are confined (code); None = by the strongest level that the machine has.
 
     Raises:
         ConfigError: a file that cannot be read or written, a setting out of range.
@@ -77,6 +90,8 @@ def run_score(
         raise ConfigError(f"--workers {workers} scores nothing", "give 1 or more")
     if timeout is not None and not 0 < timeout < math.inf:
         raise ConfigError(f"--timeout {timeout:g} is no time to score in", "give seconds above 0")
+    if isolation is not None and kind != "code":
+        raise ConfigError(f"--isolation {isolation} is for code", "leave it out")
     try:
         source = file.open("rb")
     except OSError as error:
@@ -85,8 +100,9 @@ def run_score(
     with source:
         sink = _open_part(part, out, file)
         try:
+            rows = _Rows(timeout, completion_key, _code_scorer(timeout, isolation or "auto") if kind == "code" else None)
             with sink, _progress(file) as show:
-                summary = asyncio.run(_score_file(_Rows(kind, timeout, completion_key), source, sink, workers, show))
+                summary = asyncio.run(_score_file(rows, source, sink, workers, show))
             os.replace(part, out)
         finally:
             part.unlink(missing_ok=True)
@@ -139,9 +155,9 @@ async def _score_file(rows: _Rows, source: BinaryIO, sink: BinaryIO, workers: in
 class _Rows:
     """How a line becomes a call of a scorer."""
 
-    kind: str
     timeout: float | None
     completion_key: str
+    code: CodeReward | None  # None: the rows are math
 
     def start(self, service: RewardService, line: bytes, number: int) -> _InFlight:
         row: object = None
@@ -152,7 +168,7 @@ class _Rows:
             completion = row.get(self.completion_key)
             if not isinstance(completion, str):
                 raise ValueError(f"no text under '{self.completion_key}'")
-            score = self._math(service, completion, row) if self.kind == "math" else self._code(service, completion, row)
+            score = self._code(service, completion, row) if self.code else self._math(service, completion, row)
         except (ValueError, RecursionError) as error:  # bad JSON, bytes that are not UTF-8, ten thousand brackets
             kept = row if isinstance(row, dict) else {"input": line.decode(errors="replace").rstrip("\r\n")}
             return _InFlight(kept, RewardFailure("malformed_row", f"line {number}: {error}"), len(line))
@@ -167,13 +183,28 @@ class _Rows:
         return service.score(math_score, (completion,), arguments, _WAITING * limit + _STARTING)
 
     def _code(self, service: RewardService, completion: str, row: dict[str, Any]) -> Coroutine[Any, Any, float]:
-        from areal.reward.code import code_reward
-
-        tests = row.get("tests")
-        if not isinstance(tests, (str, list)) or not tests:
-            raise ValueError("'tests' is the text of a test program, or a list of objects with 'stdin' and 'stdout'")
+        assert self.code is not None and self.code.limits is not None
+        if not row.get("tests") and not row.get("test_list"):
+            raise ValueError("the row has no 'tests': the text of a test program, or a list of objects with 'stdin' and 'stdout'")
         columns = {key: value for key, value in row.items() if key not in _ARGUMENTS}
-        return service.score(code_reward, ("", completion, [], []), columns, 60.0)
+        return service.score(self.code, ("", completion, [], []), columns, self.code.limits.wall_seconds + _STARTING)
+
+
+def _code_scorer(timeout: float | None, isolation: Isolation) -> CodeReward:
+    """Says on stderr how programs are confined.
+
+    Raises:
+        ConfigError: not as it was demanded.
+        SandboxError: no way of confining them works on this machine.
+    """
+    from areal.reward.code import CodeReward
+    from areal.reward.sandbox.levels import HINT, describe, namespaces_missing
+    from areal.reward.sandbox.limits import Limits
+
+    if isolation == "namespaces" and (reason := namespaces_missing()):
+        raise ConfigError(f"--isolation namespaces: this machine does not have that level ({reason})", f"{HINT}, or leave it out")
+    print(f"programs are run at the isolation level {describe(isolation)}", file=sys.stderr)
+    return CodeReward(isolation, Limits() if timeout is None else Limits(cpu_seconds=timeout, wall_seconds=2 * timeout))
 
 
 async def _finish(entry: _InFlight, sink: BinaryIO, summary: Summary) -> None:
