@@ -42,8 +42,9 @@ def check_config(config: GRPOConfig) -> None:
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    if config.reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", config.reward_fn):
-        raise ConfigError(f"reward_fn='{config.reward_fn}' is not an import path", "write package.module:function")
+    for key in ("reward_fn", "workflow"):
+        if (path := getattr(config, key)) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+            raise ConfigError(f"{key}='{path}' is not an import path", "write package.module:name")
     for key, device in _devices(config).items():
         _check_device_name(key, device)
 
@@ -220,6 +221,10 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     if trains:
         _check_transport(config)
     _check_reward(config)
+    if config.workflow:
+        from areal.workflow.build import config_workflow
+
+        config_workflow(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):

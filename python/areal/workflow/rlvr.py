@@ -116,4 +116,11 @@ def response_to_dict(response: ModelResponse, reward: float) -> dict[str, Any]:
     versions = np.full(n_prompt + n_answer, -1, dtype=np.int32)
     versions[n_prompt:] = response.output_versions
     ids = np.array(response.input_tokens + response.output_tokens, dtype=np.int64)
-    return {"input_ids": ids, "loss_mask": mask, "logprobs": logprobs, "versions": versions, "rewards": np.float64(reward)}
+    return {
+        "input_ids": ids,
+        "loss_mask": mask,
+        "logprobs": logprobs,
+        "versions": versions,
+        "rewards": np.float64(reward),
+        "truncated": response.stop_reason == "length",
+    }
