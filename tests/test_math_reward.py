@@ -153,7 +153,7 @@ def test_an_answer_over_which_the_child_dies_twice_is_wrong() -> None:
         killed: set[int] = set()
         while not endless.done():
             child = math_process._VERIFIER.child
-            if child is not None and child.process.pid not in killed and _cpu_seconds(child.process.pid) > 2.0:
+            if child is not None and child.process.pid not in killed and _cpu_seconds(child.process.pid) > 1.5:
                 killed.add(child.process.pid)
                 os.kill(child.process.pid, signal.SIGKILL)
             time.sleep(0.02)
