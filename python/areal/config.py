@@ -288,6 +288,8 @@ class RewardConfig(Section):
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
     """Seconds per score; a longer one drops the group and is counted."""
+    isolation: Literal["auto", "namespaces", "rlimit"] = "auto"
+    """How programs are confined that areal.reward.code scores; auto takes the strongest that the machine has, a named one is demanded."""
 
 
 class GRPOConfig(Section):

@@ -81,9 +81,12 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
-    """The function of ``reward_fn``, or the one that fits the data set."""
+    """The function of ``reward_fn``, or the one that fits the data set; one for code has the run's isolation."""
     if config.reward_fn:
-        return cast(Callable[..., Any], import_object("reward_fn", config.reward_fn))
+        from areal.reward.code import CodeReward
+
+        function = import_object("reward_fn", config.reward_fn)
+        return function.within(config.reward) if isinstance(function, CodeReward) else cast(Callable[..., Any], function)
     return _default_reward(config.train_dataset)
 
 
