@@ -126,24 +126,6 @@ def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     return dataset.max_prompt_len + gconfig.max_new_tokens
 
 
-def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int:
-    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; 0 = not known."""
-    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
-    if not evaluation:
-        limits.append(config.actor.mb_spec.max_tokens_per_mb)
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=0)
-
-
-def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
-    if config.actor.init_from_scratch is not None:
-        return config.actor.init_from_scratch
-    try:
-        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
-
-
 def _check_lengths(config: GRPOConfig) -> None:
     longest = longest_sequence(config.train_dataset, config.gconfig)
     sum_text = (
