@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.config_check import longest_context
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -71,7 +72,7 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
         "gconfig": (evaluation and config.evaluator.gconfig) or config.gconfig,
         "tokenizer": tokenizer,
         "max_prompt_len": dataset.max_prompt_len,
-        "max_context": config.rollout.max_context,
+        "max_context": longest_context(config, evaluation=evaluation),
         "training": not evaluation,
     }
     if "reward_fn" in takes and "reward_fn" not in config.workflow_kwargs:
@@ -80,9 +81,12 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
-    """The function of ``reward_fn``, or the one that fits the data set."""
+    """The function of ``reward_fn``, or the one that fits the data set; one for code has the run's isolation."""
     if config.reward_fn:
-        return cast(Callable[..., Any], import_object("reward_fn", config.reward_fn))
+        from areal.reward.code import CodeReward
+
+        function = import_object("reward_fn", config.reward_fn)
+        return function.within(config.reward) if isinstance(function, CodeReward) else cast(Callable[..., Any], function)
     return _default_reward(config.train_dataset)
 
 
