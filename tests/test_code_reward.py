@@ -209,7 +209,7 @@ asm.emit(filters._LOAD, filters._NUMBER)
 asm.refuse({"x86_64": 272, "aarch64": 97}[syscalls.MACHINE], 1)
 asm.answer(filters._ALLOW)
 syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-filters.install_seccomp(b"".join(asm.code))
+filters.Seccomp(b"".join(asm.code)).install()
 from areal.reward.code import CodeReward
 from areal.reward.sandbox.levels import describe, namespaces_missing
 print(namespaces_missing())

@@ -26,6 +26,7 @@ from .limits import Isolation, Level, Limits
 
 _START_SECONDS = 30.0
 _GRACE = 3.0
+_END_SECONDS = 0.5
 # Loads this folder as a package of its own: areal.reward would bring asyncio, and a folder on sys.path its math.py.
 _RUN = """
 import importlib.util, sys
@@ -138,8 +139,11 @@ class ForkServer:
     def close(self) -> None:
         """Ends it and every program."""
         self._socket.close()
-        self._process.kill()
-        self._process.wait(timeout=10)
+        try:
+            self._process.wait(timeout=_END_SECONDS)  # it has seen the end of its connection
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=10)
 
     def run_tests(self, source: str, tests: TestProgram, limits: Limits) -> Outcome:
         """The completion ``source``, then ``tests``.
@@ -370,6 +374,15 @@ def fork_server(isolation: Isolation) -> Any:
             del _servers[isolation]
             server.close()
             raise
+
+
+def close_all() -> None:
+    """Ends the fork servers of this process; they end with it anyway."""
+    with _lock:
+        if _owner == os.getpid():
+            for server in _servers.values():
+                server.close()
+        _servers.clear()
 
 
 def start(isolation: Isolation) -> ForkServer:

@@ -191,11 +191,17 @@ def _refuse_reaching_others(asm: _Assembler, pid: int) -> None:
     asm.argument(_PRLIMIT[MACHINE], [(_JUMP_EQUAL, pid, _ALLOW, -1), (_JUMP_EQUAL, 0, -1, _ERRNO | errno.EPERM)])
 
 
-def install_seccomp(program: bytes) -> None:
-    """For this process and all that it starts; needs no_new_privs."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
-    prctl(PR_SET_SECCOMP, 2, ctypes.cast(header, ctypes.c_void_p))
+class Seccomp:
+    """A filter ready to be installed: by the fork server for all programs, since making the buffers takes as long as installing them."""
+
+    def __init__(self, program: bytes) -> None:
+        self._code = ctypes.create_string_buffer(program, len(program))
+        self._header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(self._code)))
+        self._pointer = ctypes.cast(self._header, ctypes.c_void_p)
+
+    def install(self) -> None:
+        """For this process and all that it starts; needs no_new_privs."""
+        prctl(PR_SET_SECCOMP, 2, self._pointer)
 
 
 # Landlock's rights: which came with which version of its interface (ABI).
