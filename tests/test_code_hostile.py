@@ -17,7 +17,8 @@ import pytest
 
 from areal.reward import RewardService
 from areal.reward.code import CodeReward
-from areal.reward.sandbox.client import Outcome, fork_server
+from areal.reward.sandbox.client import fork_server
+from areal.reward.sandbox.judge import Outcome, SandboxError
 from areal.reward.sandbox.levels import namespaces_missing
 from areal.reward.sandbox.limits import MIB, Isolation, Limits
 from tests.code_problems import PROBLEMS
@@ -212,7 +213,6 @@ CodeReward({level!r}, Limits(cpu_seconds=60, wall_seconds=60)).run({program!r}, 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_fork_server_that_dies_or_hangs_is_a_failure_and_is_replaced(level: Isolation) -> None:
-    from areal.reward.sandbox.client import SandboxError
 
     score = CodeReward(level, Limits(cpu_seconds=0.5, wall_seconds=0.5))
     for number, message in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "said nothing")):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import marshal
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from areal import doctor
 from areal.config import ConfigError, GRPOConfig, RewardConfig
@@ -19,7 +23,8 @@ from areal.config_check import check_machine
 from areal.reward import RewardFailure, RewardService
 from areal.reward.code import CodeReward, code_reward, extract_code
 from areal.reward.sandbox import levels
-from areal.reward.sandbox.client import MissingModule, same_output, start
+from areal.reward.sandbox.client import same_output, start
+from areal.reward.sandbox.judge import MissingModule, TestProgram
 from areal.reward.sandbox.limits import Limits
 from areal.workflow.build import reward_function
 
@@ -129,16 +134,12 @@ def test_the_same_program_has_the_same_score() -> None:
     first = SCORE.run(program + "\nprint(x, flush=True)\n1/0", "pass").detail.splitlines()[0]
     fresh = start("auto")
     try:
-        again = fresh.run_tests(program + "\nprint(x, flush=True)\n1/0", levels_probe(), Limits()).detail.splitlines()[0]
+        again = fresh.run_tests(
+            program + "\nprint(x, flush=True)\n1/0", TestProgram(marshal.dumps(compile("pass", "x", "exec"))), Limits()
+        ).detail.splitlines()[0]
     finally:
         fresh.close()
     assert first == again
-
-
-def levels_probe() -> Any:
-    from areal.reward.code_tests import read_tests
-
-    return read_tests("pass", {})
 
 
 def test_importing_and_sending_it_is_cheap() -> None:
@@ -241,3 +242,16 @@ def test_the_sandbox_needs_nothing_of_areal() -> None:
     folder = Path(sys.modules["areal.reward.sandbox"].__file__ or "").parent
     for file in folder.glob("*.py"):
         assert "areal." not in "".join(line for line in file.read_text().splitlines() if line.startswith(("import ", "from "))), file
+
+
+def test_the_page_about_it_is_true() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text().partition("## Code")[2].partition("\n## ")[0]
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert isinstance(reward_function(GRPOConfig.model_validate({**MODEL, **yaml.safe_load(settings)})), CodeReward)
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["reward"]("", "x = 1", [], [], tests="assert x == 1") == 1.0
+    for field in dataclasses.fields(Limits):
+        assert f"`{field.name}`" in page
+    assert f"| `cpu_seconds` | {Limits.cpu_seconds:g} |" in page and f"| `wall_seconds` | {Limits.wall_seconds:g} |" in page

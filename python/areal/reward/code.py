@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from areal.reward.code_tests import read_tests
-from areal.reward.sandbox.client import ForkServer, Outcome, TestProgram, fork_server
+from areal.reward.sandbox.client import ForkServer, fork_server
+from areal.reward.sandbox.judge import Outcome, TestProgram
 from areal.reward.sandbox.levels import describe_server
 from areal.reward.sandbox.limits import Isolation, Limits
 

@@ -142,12 +142,12 @@ class _Assembler:
         self.code += body.code
 
 
-def seccomp_program(*, forks: bool = True, only_signals: int | None = None) -> bytes:
+def seccomp_program(alone: int | None = None) -> bytes:
     """The filter.
 
     Args:
-        forks: whether processes may be started (threads always may).
-        only_signals: the process id that alone may be sent signals or given limits; None = all that it sees.
+        alone: the id of a process that may start threads but no processes, send signals to itself only and open no socket at all:
+            where no namespace keeps it from others. None: one in namespaces.
 
     Raises:
         OSError: no table for this architecture.
@@ -171,13 +171,13 @@ def seccomp_program(*, forks: bool = True, only_signals: int | None = None) -> b
     for number in _UNKNOWN_TO_OLD_KERNELS.values():
         asm.refuse(number, errno.ENOSYS)
     clone = [(_JUMP_ANY_BIT, _NEW_NAMESPACE, _ERRNO | errno.EPERM, -1)]
-    if not forks:
+    if alone is None:
+        asm.argument(_SOCKET[MACHINE], [(_JUMP_EQUAL, _AF_UNIX, -1, _ERRNO | errno.EACCES)])
+    else:
         clone.append((_JUMP_ANY_BIT, _CLONE_THREAD, -1, _ERRNO | errno.EPERM))
-        for number in _FORKS[MACHINE]:
+        for number in (*_FORKS[MACHINE], _SOCKET[MACHINE]):
             asm.refuse(number, errno.EPERM)
-    if only_signals is not None:
-        _refuse_reaching_others(asm, only_signals)
-    asm.argument(_SOCKET[MACHINE], [(_JUMP_EQUAL, _AF_UNIX, -1, _ERRNO | errno.EACCES)])
+        _refuse_reaching_others(asm, alone)
     asm.argument(_CLONE[MACHINE], clone)
     asm.answer(_ALLOW)
     return b"".join(asm.code)

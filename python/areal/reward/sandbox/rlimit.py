@@ -119,7 +119,7 @@ class RlimitCell:
         tempfile.tempdir = None  # ours; the program's is this folder
         restrict_files(self._paths, [self._folder], [d for d in DEVICES if os.path.exists(d)])
         if self._seccomp:
-            Seccomp(seccomp_program(forks=False, only_signals=os.getpid())).install()
+            Seccomp(seccomp_program(os.getpid())).install()
 
     def folder(self) -> str:
         return self._folder
