@@ -307,6 +307,11 @@ class GRPOConfig(Section):
     """Train steps of reinforcement learning."""
     reward_fn: str = ""
     """Import path of the reward function, package.module:name; empty = that of the data set."""
+    workflow: str = ""
+    """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
+    workflow_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len and max_context are those of the run where it takes
+    them and they are not given."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

@@ -42,8 +42,9 @@ def check_config(config: GRPOConfig) -> None:
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    if config.reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", config.reward_fn):
-        raise ConfigError(f"reward_fn='{config.reward_fn}' is not an import path", "write package.module:function")
+    for key in ("reward_fn", "workflow"):
+        if (path := getattr(config, key)) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+            raise ConfigError(f"{key}='{path}' is not an import path", "write package.module:name")
     for key, device in _devices(config).items():
         _check_device_name(key, device)
 
@@ -116,6 +117,24 @@ def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
 def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     """Tokens of the longest prompt and the longest answer together."""
     return dataset.max_prompt_len + gconfig.max_new_tokens
+
+
+def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int | None:
+    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; None = not known."""
+    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
+    if not evaluation:
+        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _check_lengths(config: GRPOConfig) -> None:
@@ -220,6 +239,10 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     if trains:
         _check_transport(config)
     _check_reward(config)
+    if config.workflow:
+        from areal.workflow.build import config_workflow
+
+        config_workflow(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
