@@ -88,7 +88,7 @@ HARMFUL = {
 
 SPIES = {
     "/etc/passwd": "text = open('/etc/passwd').read()",
-    "the root folder's files": "import os\ntext = ''.join(open(os.path.join(d, f)).read() for d, _, fs in os.walk('/root') for f in fs[:50] if f.endswith(('.bashrc', '.profile', '.gitconfig')))\nassert text",
+    "a file of the project": f"text = open({__file__!r}).read()",
     "the environment": "import os\ntext = os.environ['AREAL_TEST_SECRET']",
     "the environment of others": "import os\ntext = ''.join(open(f'/proc/{p}/environ').read() for p in os.listdir('/proc') if p.isdigit() and p != '1')\nassert text",
     "environment of the first process": "text = open('/proc/1/environ').read()\nassert 'AREAL_TEST_SECRET' in text",
@@ -105,6 +105,5 @@ SPIES = {
     "a mount": "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
     "a trace of another": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0",
     "higher limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
-    "areal itself": "import areal",
 }
 """By name; each raises unless it gets what it wants, and would then pass: ``solve`` is right."""

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
-import signal
-import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 
-from areal.reward import RewardService
 from areal.reward.code import CodeReward
-from areal.reward.sandbox.client import Outcome, fork_server
-from areal.reward.sandbox.levels import namespaces_missing
 from areal.reward.sandbox.limits import MIB, Isolation, Limits
-from tests.code_problems import PROBLEMS
 from tests.hostile_programs import CHEATS, HARMFUL, HONEST, SPIES, TESTS
+from tests.sandbox_levels import LEVELS, PATIENT, descendants, idle, needs_namespaces, nothing_runs
 
-needs_namespaces = pytest.mark.skipif(bool(namespaces_missing()), reason=f"no namespaces here: {namespaces_missing()}")
-LEVELS: list[Isolation] = ["rlimit"] if namespaces_missing() else ["namespaces", "rlimit"]
 SHORT = Limits(cpu_seconds=0.4, wall_seconds=1.5, memory_bytes=256 * MIB, output_bytes=MIB)
-PATIENT = Limits(cpu_seconds=5, wall_seconds=60)
-
-
-def descendants() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-
-
-def nothing_runs(processes_before: int, seconds: float = 5.0) -> bool:
-    """No process is left that was not there before the programs."""
-    deadline = time.monotonic() + seconds
-    while len(descendants()) > processes_before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return len(descendants()) <= processes_before
-
-
-def idle(level: Isolation) -> int:
-    """Processes of a fork server without a program."""
-    assert CodeReward(level, PATIENT).run(HONEST, TESTS["asserts"]).passed
-    return len(descendants())
 
 
 @pytest.mark.parametrize("tests", TESTS)
@@ -77,7 +46,7 @@ def test_harm_ends_at_a_limit_and_leaves_nothing(harmful: str) -> None:
     )
     seconds = time.monotonic() - begin
     assert not outcome.passed, (harmful, outcome)
-    assert seconds < SHORT.wall_seconds + 3, f"{harmful} took {seconds:.1f} s"
+    assert seconds < SHORT.wall_seconds + 10, f"{harmful} took {seconds:.1f} s"
     assert nothing_runs(before), descendants()
     assert CodeReward("namespaces", PATIENT).run(HONEST, TESTS["asserts"]).passed
 
@@ -86,9 +55,12 @@ def test_harm_ends_at_a_limit_and_leaves_nothing(harmful: str) -> None:
 def test_the_limit_that_was_exceeded_is_named() -> None:
     score = CodeReward("namespaces", Limits(cpu_seconds=0.3, wall_seconds=1.0, memory_bytes=300 * MIB, output_bytes=MIB))
     assert score.run(HARMFUL["endless sleep"], "pass").why == "wall"
-    assert score.run(HARMFUL["endless output"], "pass").why == "output"
     patient = CodeReward("namespaces", Limits(cpu_seconds=0.3, wall_seconds=30, memory_bytes=300 * MIB))
     assert patient.run(HARMFUL["endless loop"], "pass").why == "cpu"
+    assert (
+        CodeReward("namespaces", Limits(cpu_seconds=30, wall_seconds=60, output_bytes=MIB)).run(HARMFUL["endless output"], "pass").why
+        == "output"
+    )
     assert patient.run(HARMFUL["fork bomb"], "pass").why == "cpu", "the CPU time of all processes counts together"
     assert (
         CodeReward("namespaces", Limits(cpu_seconds=30, wall_seconds=60, memory_bytes=300 * MIB))
@@ -137,141 +109,9 @@ def test_rlimits_alone_hold_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         begin = time.monotonic()
         assert not CodeReward("rlimit", SHORT).run(HARMFUL[name], TESTS["asserts"]).passed, name
-        assert time.monotonic() - begin < SHORT.wall_seconds + 3, name
+        assert time.monotonic() - begin < SHORT.wall_seconds + 10, name
         assert nothing_runs(before), name
     for name in ("the environment", "writing to the file system", "more rights", "higher limits", "an Internet socket"):
         if name != "more rights" or os.geteuid() != 0:
             assert not CodeReward("rlimit", PATIENT).run(f"{SPIES[name]}\n{HONEST}", TESTS["asserts"]).passed, name
     assert set(Path("/tmp").glob("areal-program-*")) <= left
-
-
-UNPRIVILEGED = """
-import os, sys
-os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-sys.executable = {python!r}
-from areal.reward.code import CodeReward
-from areal.reward.sandbox.limits import Limits
-from tests.hostile_programs import CHEATS, HARMFUL, HONEST, SPIES, TESTS
-score = CodeReward({level!r}, Limits(cpu_seconds=1, wall_seconds=20))
-assert score.run(HONEST, TESTS["asserts"]).passed
-assert not any(score.run(CHEATS[name], TESTS["unittest"]).passed for name in ("exit 0", "_exit 0 later", "a child that goes on", "builtins replaced"))
-assert not any(score.run(HARMFUL[name], TESTS["asserts"]).passed for name in ("fork bomb", "kill everybody", "memory bomb", "daemons"))
-assert not any(score.run(SPIES[name] + chr(10) + HONEST, TESTS["asserts"]).passed for name in {spies!r})
-print("all well")
-"""
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run without privileges then")
-def test_without_privileges(level: Isolation, tmp_path: Path) -> None:
-    python = readable_python()
-    if python is None:
-        pytest.skip("no Python that everybody may read")
-    spies = [name for name in SPIES if level == "namespaces" or name in ("the environment", "writing to the file system", "more rights")]
-    script = UNPRIVILEGED.format(level=level, spies=spies, python=python)
-    environment = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HOME": "/nonexistent"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[1]
-    )
-    assert done.stdout.strip() == "all well", done.stderr[-3000:]
-
-
-def readable_python() -> str | None:
-    """This interpreter or the system's of the same version, as far as an ordinary user may start it."""
-    return next((p for p in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}") if _everybody_may(p)), None)
-
-
-def _everybody_may(path: str) -> bool:
-    real = Path(path).resolve()
-    return real.exists() and all(p.stat().st_mode & 0o001 for p in (real, *real.parents))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_the_end_of_the_scoring_process_is_the_end_of_everything(level: Isolation) -> None:
-    program = HARMFUL["fork bomb that sleeps"]
-    script = f"""
-from areal.reward.code import CodeReward
-from areal.reward.sandbox.limits import Limits
-CodeReward({level!r}, Limits(cpu_seconds=60, wall_seconds=60)).run({program!r}, "pass")
-"""
-    worker = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    deadline = time.monotonic() + 30
-    least = 12 if level == "namespaces" else 2
-    while len(family := psutil.Process(worker.pid).children(recursive=True)) < least and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(family) >= least, family
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_fork_server_that_dies_or_hangs_is_a_failure_and_is_replaced(level: Isolation) -> None:
-    from areal.reward.sandbox.client import SandboxError
-
-    score = CodeReward(level, Limits(cpu_seconds=0.5, wall_seconds=0.5))
-    for number, message in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "said nothing")):
-        assert score.run(HONEST, TESTS["asserts"]).passed
-        with fork_server(level) as server:
-            pid = server._process.pid
-        servers = [psutil.Process(pid), *psutil.Process(pid).children()]
-        if number == signal.SIGSTOP:
-            servers[-1].send_signal(number)
-            with pytest.raises(SandboxError, match=message):
-                score.run(HONEST, TESTS["asserts"])
-        else:  # idle: nobody is hurt
-            servers[0].kill()
-            servers[0].wait(10)
-        assert score.run(HONEST, TESTS["asserts"]).passed
-
-
-def mixture(n: int, seed: int) -> list[tuple[str, str, str, float]]:
-    """(name, completion, tests, the score it has earned), hostile and honest ones in turns."""
-    rng = random.Random(seed)
-    hostile = [(name, text, TESTS[rng.choice(list(TESTS))]) for name, text in {**CHEATS, **HARMFUL}.items()]
-    quick = [p for p in PROBLEMS if "stack" not in p.name and "deep" not in p.name]
-    rows = []
-    for index in range(n):
-        if index % 2:
-            rows.append((*hostile[index // 2 % len(hostile)], 0.0))
-        else:
-            problem = rng.choice(quick)
-            rows.append((problem.name, problem.right, problem.tests, 1.0))
-    return rows
-
-
-async def score_all(rows: list[tuple[str, str, str, float]], score: CodeReward, workers: int, timeout: float) -> Counter[str]:
-    """How many scores were lost, by what was lost."""
-    lost: Counter[str] = Counter()
-    async with RewardService(workers, timeout) as service:
-
-        async def one(name: str, completion: str, tests: str, earned: float) -> None:
-            got = await service.score(score, ("", completion, [], []), {"tests": tests})
-            if got != earned:
-                lost[f"{name}: {got}"] += 1
-
-        async with asyncio.TaskGroup() as tasks:
-            for row in rows:
-                tasks.create_task(one(*row))
-    return lost
-
-
-@needs_namespaces
-def test_hostile_and_honest_programs_side_by_side() -> None:
-    rows = mixture(int(os.environ.get("AREAL_HOSTILE_PROGRAMS", "100")), seed=1)
-    limits = Limits(cpu_seconds=1, wall_seconds=20, memory_bytes=512 * MIB, output_bytes=MIB)
-    rows = [row for row in rows if "sleep" not in row[0]]  # they only take time
-    lost = asyncio.run(score_all(rows, CodeReward("namespaces", limits), workers=3, timeout=40))
-    assert not lost
-
-
-def test_an_outcome_has_its_reason() -> None:
-    assert CodeReward("auto", PATIENT).run("raise KeyError('k')", "pass") == Outcome(
-        False, "failed", CodeReward("auto", PATIENT).run("raise KeyError('k')", "pass").detail
-    )
-    assert "KeyError: 'k'" in CodeReward("auto", PATIENT).run("raise KeyError('k')", "pass").detail

@@ -7,11 +7,9 @@ import importlib.util
 import pytest
 
 from areal.reward.code import CodeReward
-from areal.reward.sandbox.levels import namespaces_missing
 from areal.reward.sandbox.limits import Isolation, Limits
 from tests.code_problems import PROBLEMS, Problem
-
-LEVELS: list[Isolation] = ["rlimit"] if namespaces_missing() else ["namespaces", "rlimit"]
+from tests.sandbox_levels import LEVELS
 
 
 @pytest.mark.parametrize("level", LEVELS)

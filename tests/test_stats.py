@@ -58,6 +58,9 @@ def test_summary_has_exactly_the_promised_keys(tmp_path: Path, config: GRPOConfi
         "tokens_generated",
         "tokens_trained",
         "dropped",
+        "filtered",
+        "filter_passed",
+        "truncated_masked",
     ]
     assert not list(tmp_path.glob("*.part"))
 

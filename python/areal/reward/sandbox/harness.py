@@ -1,6 +1,6 @@
 """What runs in a program's process: the completion, and then its tests.
 
-Who waits on whom: the judge (client.py) has sent the completion; it sends the tests, and a token, only after it was told that the
+Who waits on whom: the judge (judge.py) has sent the completion; it sends the tests, and a token, only after it was told that the
 completion's own body has run to its end, and it takes the token, sent back once the whole test program has run, as the only proof of a
 pass. How the process ends means nothing. Whatever else arrives at the judge is a failed test.
 """
