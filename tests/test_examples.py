@@ -39,19 +39,19 @@ def test_there_are_three():
 
 def make_tiny_model(folder: Path) -> None:
     """A random Qwen2 with a tokenizer of bytes and no chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from areal.models.loading import create_model
+    from areal.tasks.characters import byte_tokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = {"model_type": "qwen2", "vocab_size": len(vocabulary), "max_position_embeddings": 4096, "eos_token_id": 0, **sizes}
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "eos_token_id": tokenizer.eos_token_id,
+        **sizes,
+    }
     create_model(config, seed=0).save_pretrained(folder)
 
 
