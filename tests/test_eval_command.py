@@ -92,7 +92,7 @@ def test_a_runs_own_workflow_with_samples_into_a_file(run_folder: Path, tmp_path
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len({(line["prompt_id"], line["sample"]) for line in lines}) == len(lines) == 24
     scored = [line for line in lines if "failure" not in line]
-    assert {line["failure"] for line in lines if line not in scored} == {"not_confident"} and len(scored) == 20
+    assert {line["failure"]["cause"] for line in lines if line not in scored} == {"not_confident"} and len(scored) == 20
     for line in scored:
         assert line["reward"] == arithmetic_reward(line["prompt"], line["completion"], [], [], line["answer"])
         assert line["final_answer"] == answer_class(line["completion"]) and 0 < line["length"] <= 16

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripted_engine import ScriptedEngine
 
 from areal.config import GenerationConfig
 from areal.reward import AsyncRewardWrapper, RewardService
 from areal.tasks.arithmetic import arithmetic_reward, build_tokenizer
-from areal.types import ModelRequest, ModelResponse, Trajectory
+from areal.types import ModelRequest, Trajectory
 from areal.workflow import EpisodeDropped, RLVRWorkflow, RolloutWorkflow, TrajectoryError, to_trajectories, to_trajectory
 
 GOOD: dict[str, Any] = {
@@ -22,22 +23,6 @@ GOOD: dict[str, Any] = {
     "versions": [-1, -1, 3, 4],
     "rewards": 1.0,
 }
-
-
-class ScriptedEngine:
-    """An engine that answers given tokens."""
-
-    def __init__(self, *answers: list[int]) -> None:
-        self.answers = list(answers)
-        self.requests: list[ModelRequest] = []
-
-    async def agenerate(self, request: ModelRequest) -> ModelResponse:
-        self.requests.append(request)
-        tokens = self.answers.pop(0)
-        return ModelResponse(request.input_ids, tokens, [-0.25] * len(tokens), [2] * len(tokens), "stop")
-
-    def get_version(self) -> int:
-        return 2
 
 
 def _check(t: Trajectory) -> None:

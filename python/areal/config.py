@@ -303,6 +303,8 @@ class RewardConfig(Section):
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
     """Seconds per score; a longer one drops the group and is counted."""
+    isolation: Literal["auto", "namespaces", "rlimit"] = "auto"
+    """How programs are confined that areal.reward.code scores; auto takes the strongest that the machine has, a named one is demanded."""
 
 
 class GRPOConfig(Section):
@@ -323,7 +325,8 @@ class GRPOConfig(Section):
     workflow: str = ""
     """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
     workflow_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the workflow's class; reward_fn, gconfig and tokenizer are those of the run where it takes them and they are not given."""
+    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len and max_context are those of the run where it takes
+    them and they are not given."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

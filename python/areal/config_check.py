@@ -119,6 +119,24 @@ def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     return dataset.max_prompt_len + gconfig.max_new_tokens
 
 
+def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int | None:
+    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; None = not known."""
+    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
+    if not evaluation:
+        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def _check_lengths(config: GRPOConfig) -> None:
     longest = longest_sequence(config.train_dataset, config.gconfig)
     sum_text = (
@@ -220,10 +238,10 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
         sglang_python(config.sglang.python)
     if trains:
         _check_transport(config)
-    if config.reward_fn or config.workflow:
-        from areal.workflow.build import config_workflow, reward_function
+    _check_reward(config)
+    if config.workflow:
+        from areal.workflow.build import config_workflow
 
-        reward_function(config)
         config_workflow(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
@@ -232,6 +250,27 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
             raise ConfigError(
                 f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}"
             )
+
+
+def _check_reward(config: GRPOConfig) -> None:
+    """The reward function can be imported; one for code is confined as demanded, and its programs end before their scores are overdue."""
+    from areal.reward.code import CodeReward
+    from areal.reward.sandbox.levels import HINT, namespaces_missing
+    from areal.workflow.build import reward_function
+
+    function, reward = reward_function(config), config.reward
+    code = function if isinstance(function, CodeReward) else CodeReward().within(reward)
+    if code.isolation == "namespaces" and (reason := namespaces_missing()):
+        raise ConfigError(
+            f"reward.isolation=namespaces: this machine does not have that level ({reason})", f"{HINT}, or set reward.isolation=auto"
+        )
+    longest = CodeReward.longest_wall_seconds(reward.timeout)
+    if code.limits is not None and code.limits.wall_seconds > longest:
+        raise ConfigError(
+            f"reward.timeout={reward.timeout:g} s leaves a program {longest:g} s, but the limits of reward_fn='{config.reward_fn}' give it "
+            f"{code.limits.wall_seconds:g} s: slow programs would be failures instead of wrong answers",
+            f"set reward.timeout={1.5 * code.limits.wall_seconds:g}",
+        )
 
 
 def _check_gpus(config: GRPOConfig) -> None:

@@ -116,6 +116,6 @@ class Watcher:
 def episode_line(episode: EpisodeResult) -> dict[str, Any]:
     """What ``--out`` holds of an episode, for ``areal score`` among others: the row's own columns, then ours."""
     if episode.failure:
-        return {**episode.row, "sample": episode.sample, "failure": episode.failure}
+        return {**episode.row, "sample": episode.sample, "failure": {"cause": episode.failure, "message": episode.message}}
     ours = ("sample", "completion", "reward", "length", "truncated", "final_answer")
     return {"prompt": episode.prompt, **episode.row} | {name: getattr(episode, name) for name in ours}

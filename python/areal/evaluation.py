@@ -104,7 +104,8 @@ async def evaluate(
             async with asyncio.timeout(episode_timeout):
                 episode = await run_episode(client, workflow, row, seed=seed, sample=sample, route=route)
         except (EpisodeDropped, TimeoutError) as error:  # run_episode itself raises no TimeoutError: that is the limit above
-            result = EpisodeResult(row, sample, error.cause if isinstance(error, EpisodeDropped) else "episode_timeout")
+            cause = error.cause if isinstance(error, EpisodeDropped) else "episode_timeout"
+            result = EpisodeResult(row, sample, cause, str(error) or f"it was not finished after {episode_timeout:g} s")
         else:
             result = _result(row, sample, episode, tokenizer, with_text=on_episode is not None, votes=n_samples > 2)
             if tokenizer is not None and sample == 0 and index < 4 * n_show:  # the first ones may fail

@@ -7,10 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
-from areal.reward.math import final_answer
+from areal.reward.answers import final_answer, plain_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +21,14 @@ class SampleAnswer:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeResult:
-    """One episode of an evaluation: scored, or failed for the reason in ``failure``, and then nothing else is known of it."""
+    """One episode of an evaluation: scored, or failed by the cause in ``failure``, and then nothing else is known of it."""
 
     row: dict[str, Any]
     """Of the data set."""
     sample: int
     failure: str = ""
+    message: str = ""
+    """What is known of the failure."""
     reward: float = math.nan
     length: int = 0
     """Generated tokens, of all its sequences."""
@@ -152,29 +153,16 @@ def _vote(episodes: Sequence[EpisodeResult]) -> float:
 
 
 def answer_class(text: str) -> str:
-    r"""A string that equal answers share, cheap and without mathematics: 1/2 and 0.5 are different ones.
+    """A string that equal answers share, without symbolic mathematics: 1/2 and 0.5 are one, 2x and x + x are two.
 
-    The last ``\boxed{...}``, else what follows the last ``####`` in its line, else the word behind a ``#`` that ends the text, else the
-    text. White space, dollar signs, a full stop at the end, thousands separators and zeros behind the decimal point do not matter.
+    The word behind a ``#`` that ends the text, else its final answer as the math scorer finds it; else, and of code that marks no answer,
+    the text. Of a number the value, without unit.
     """
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        text = boxed
-    elif "####" in text:
-        text = final_answer(text).partition("\n")[0]
-    elif (word := re.search(r"#\s*([^\s#]+)\s*$", text)) is not None:
-        text = word.group(1)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", " ".join(text.replace("$", " ").split())).removesuffix(".")
-    return format(Decimal(text).normalize(), "f") if re.fullmatch(r"[+-]?\d{1,25}(\.\d{1,25})?", text) else text
-
-
-def _last_boxed(text: str) -> str | None:
-    """What stands in the braces of the last complete ``\\boxed{...}``."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for index in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if depth == 0:
-                return text[begin:index]
-    return None
+    if (word := re.search(r"(?<!#)#\s*([^\s#]+)\s*$", text)) is not None:
+        answer = word[1]
+    elif "```" in text and not any(mark in text for mark in ("\\boxed", "####")):
+        answer = text
+    else:
+        answer = final_answer(text) or text
+    number = plain_number(answer)
+    return " ".join(answer.split()) if number is None else f"{number.value}{'%' if number.percent else ''}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from areal.launcher.local import ChildProcess
-from areal.reward.worker import BAD_VALUE, FRAME_HEADER, LOADED, OK, encode_frame
+from areal.reward.worker import ASKS_LOADED, BAD_VALUE, FRAME_HEADER, LOADED, OK, WANTS_JSON, encode_frame
 
 START_TIMEOUT = 60.0
 
@@ -37,15 +37,20 @@ class Pool(Protocol):
 
 
 class Job:
-    __slots__ = ("future", "loading", "module", "payload", "timeout", "was_sent")
+    __slots__ = ("future", "loading", "module", "payload", "timeout", "wants_json", "was_sent")
 
-    def __init__(self, module: str, payload: bytes, future: asyncio.Future[float], timeout: float) -> None:
+    def __init__(self, module: str, payload: bytes, future: asyncio.Future[Any], timeout: float, wants_json: bool = False) -> None:
         self.module = module
         self.payload = payload
         self.future = future
         self.timeout = timeout
+        self.wants_json = wants_json
         self.was_sent = False
         self.loading = False  # sent to a process that has yet to import the module: time for that is not the score's
+
+    @property
+    def flags(self) -> int:
+        return ASKS_LOADED * self.loading | WANTS_JSON * self.wants_json
 
     @property
     def limit(self) -> float:
@@ -103,7 +108,7 @@ class RewardProcess(asyncio.Protocol):
             self._arm()
         self.jobs.append(job)
         if not self._transport.is_closing():
-            self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
+            self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.flags]) + job.payload)
         job.was_sent = not self._transport.is_closing()  # to a process that has died nothing is: the next one gets it
 
     def data_received(self, data: bytes) -> None:
@@ -213,9 +218,9 @@ class RewardProcess(asyncio.Protocol):
         self.process.kill()
 
 
-def resolve(job: Job, score: float) -> None:
+def resolve(job: Job, value: float | str) -> None:
     if not job.future.done():
-        job.future.set_result(score)
+        job.future.set_result(value)
 
 
 def fail(job: Job, error: Exception) -> None:

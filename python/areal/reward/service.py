@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import math
 import pickle
 import shutil
@@ -112,11 +113,21 @@ class RewardService:
             seconds = self.timeout if timeout is None else timeout
             if is_async(function) if on_loop is None else on_loop:
                 return await _score_on_loop(function, args, kwargs, seconds)
-            return await self._score_in_worker(function, args, kwargs, seconds)
+            return await self._run_in_worker(function, args, kwargs, seconds)
         finally:
             self._active -= 1
             if self._spans:
                 self._spans[-1][1] = time.time()
+
+    async def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
+        """``function(*args, **kwargs)``, called in a worker, as a JSON value; what JSON does not know comes as its text.
+
+        Raises:
+            RewardFailure: it raised, hung, killed its process or returned too much.
+            RewardServiceError: nothing can be called.
+        """
+        seconds = self.timeout if timeout is None else timeout
+        return json.loads(await self._run_in_worker(function, args, kwargs, seconds, wants_json=True))
 
     def drain_spans(self) -> list[tuple[str, float, float]]:
         """("reward", begin, end) in time.time() seconds of the times at which scores were being had, since the last call."""
@@ -124,13 +135,9 @@ class RewardService:
         self._spans = [[time.time(), time.time()]] if self._active else []
         return done
 
-    async def _score_in_worker(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float,
-    ) -> float:
+    async def _run_in_worker(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float, *, wants_json: bool = False
+    ) -> Any:
         if self._broken:
             raise RewardServiceError(self._broken)
         try:
@@ -138,10 +145,10 @@ class RewardService:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             name = getattr(function, "__qualname__", repr(function))
             raise RewardServiceError(
-                f"the reward function {name} or its arguments cannot be sent to a worker process ({error}); "
+                f"the {'function' if wants_json else 'reward function'} {name} or its arguments cannot be sent to a worker process ({error}); "
                 "define it at the top level of a module, or make it async"
             ) from error
-        job = Job(str(getattr(function, "__module__", "")), payload, asyncio.get_running_loop().create_future(), timeout)
+        job = Job(str(getattr(function, "__module__", "")), payload, asyncio.get_running_loop().create_future(), timeout, wants_json)
         self._queue.append(job)
         if not self._dispatch_planned:  # calls of the same tick are dealt out together
             self._dispatch_planned = True

@@ -3,12 +3,13 @@
 Kept light on purpose (no numpy, no torch): it starts in a blink and is killed without a thought when a score hangs.
 A frame is a little-endian uint32 length and a pickle. The parent's first frame tells where modules are found; the worker
 answers with one frame when it is ready, then with one frame (status, value, seconds) for every (function, args, kwargs). The byte
-before such a pickle asks for a frame more, LOADED, once the pickle is read: reading the first one imports the function's module,
-which may take longer than a score.
+before such a pickle says with ASKS_LOADED that a frame more, LOADED, is wanted once the pickle is read: reading the first one imports
+the function's module, which may take longer than a score; and with WANTS_JSON that the value is no score, but whatever JSON can say.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -21,6 +22,8 @@ from typing import Any, BinaryIO
 FRAME_HEADER = struct.Struct("<I")
 
 OK, RAISED, BAD_VALUE, LOADED = 0, 1, 2, 3
+ASKS_LOADED, WANTS_JSON = 1, 2
+MAX_JSON = 60_000
 
 
 class BadScore(ValueError):
@@ -44,6 +47,18 @@ def check_score(value: object) -> float:
     return score
 
 
+def as_json(value: object) -> str:
+    """What JSON does not know is there as its text.
+
+    Raises:
+        BadScore: longer than MAX_JSON bytes.
+    """
+    text = json.dumps(value, default=str)
+    if len(text) > MAX_JSON:
+        raise BadScore(f"a function's value must have at most {MAX_JSON} bytes as JSON, got {len(text)}")
+    return text
+
+
 def encode_frame(message: Any) -> bytes:
     payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return FRAME_HEADER.pack(len(payload)) + payload
@@ -61,9 +76,10 @@ def describe_error(error: BaseException) -> str:
 def _score(connection: socket.socket, payload: bytes) -> tuple[int, float | str]:
     try:
         function, args, kwargs = pickle.loads(memoryview(payload)[1:])
-        if payload[0]:
+        if payload[0] & ASKS_LOADED:
             connection.sendall(encode_frame((LOADED, 0.0, 0.0)))
-        return OK, check_score(function(*args, **kwargs))
+        value = function(*args, **kwargs)
+        return OK, as_json(value) if payload[0] & WANTS_JSON else check_score(value)
     except BadScore as error:
         return BAD_VALUE, str(error)
     except BaseException as error:  # boundary to the user's code: whatever it raises, sys.exit included, is one failed score

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.config_check import longest_context
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -23,6 +24,7 @@ def build_workflow(
 
     Args:
         workflow: an object (taken as it is), a class or the import path of one (called with ``kwargs``), or None: that of the config.
+            One with ``run`` and no ``arun_episode``, or a function, is an agent: ``AgentWorkflow`` goes around it.
         evaluation: the workflow of the config is for held-out prompts: with their sampling and their longest prompt.
 
     Raises:
@@ -37,9 +39,20 @@ def build_workflow(
         built = workflow(**(kwargs or {})) if isinstance(workflow, type) else workflow
     except TypeError as error:
         raise ConfigError(f"the workflow {workflow!r} cannot be made: {error}", "correct workflow_kwargs") from error
+    if not isinstance(built, RolloutWorkflow) and (callable(getattr(built, "run", None)) or inspect.isfunction(built)):
+        from areal.agent import AgentWorkflow
+
+        built = AgentWorkflow(built, **_of_the_run(config, tokenizer, AgentWorkflow, evaluation))
     if not isinstance(built, RolloutWorkflow):
         raise ConfigError(f"the workflow {built!r} has no method arun_episode(engine, data)", "see RolloutWorkflow in areal.workflow.base")
     return built
+
+
+def for_held_out(config: GRPOConfig, workflow: RolloutWorkflow) -> RolloutWorkflow:
+    """The workflow of training on held-out prompts: itself, but an agent with the evaluator's sampling."""
+    from areal.agent import AgentWorkflow
+
+    return workflow.for_evaluation(config.evaluator.gconfig) if isinstance(workflow, AgentWorkflow) else workflow
 
 
 def config_workflow(config: GRPOConfig) -> tuple[Any, dict[str, Any]]:
@@ -59,6 +72,8 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
         "gconfig": (evaluation and config.evaluator.gconfig) or config.gconfig,
         "tokenizer": tokenizer,
         "max_prompt_len": dataset.max_prompt_len,
+        "max_context": longest_context(config, evaluation=evaluation),
+        "training": not evaluation,
     }
     if "reward_fn" in takes and "reward_fn" not in config.workflow_kwargs:
         has["reward_fn"] = reward_function(config)
@@ -66,9 +81,12 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
-    """The function of ``reward_fn``, or the one that fits the data set."""
+    """The function of ``reward_fn``, or the one that fits the data set; one for code has the run's isolation."""
     if config.reward_fn:
-        return cast(Callable[..., Any], import_object("reward_fn", config.reward_fn))
+        from areal.reward.code import CodeReward
+
+        function = import_object("reward_fn", config.reward_fn)
+        return function.within(config.reward) if isinstance(function, CodeReward) else cast(Callable[..., Any], function)
     return _default_reward(config.train_dataset)
 
 
