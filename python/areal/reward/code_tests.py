@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal.reward.sandbox.client import Case, TestProgram
+from areal.reward.sandbox.judge import Case, TestProgram
 from areal.reward.sandbox.snapshot import PREIMPORTED
 
 _BUILTINS = frozenset(
@@ -31,7 +31,7 @@ def read_tests(tests: Any, row: Mapping[str, Any]) -> TestProgram | list[Case]:
     """What the columns of a row mean.
 
     Args:
-        tests: the text of a test program, a list of {"stdin", "stdout"}, or such a list as JSON.
+        tests: the text of a test program (or a list of its parts), a list of {"stdin", "stdout"}, or such a list as JSON.
         row: ``entry_point``: the function that a HumanEval test's ``check`` is called with; ``test_list``, ``test_setup_code``,
             ``test_imports``: asserts as MBPP has them, where there is no ``tests``.
 
@@ -46,6 +46,8 @@ def read_tests(tests: Any, row: Mapping[str, Any]) -> TestProgram | list[Case]:
             tests = json.loads(tests)
         except ValueError:
             pass  # a test program may begin with a list
+    if isinstance(tests, list) and tests and all(isinstance(part, str) for part in tests):
+        tests = "\n".join(tests)
     if isinstance(tests, str):
         entry_point = row.get("entry_point")
         if not tests.strip():
