@@ -261,9 +261,24 @@ class EvaluatorConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Train steps between evaluations; 0 = only before and after."""
     n_prompts: int = Field(512, ge=0)
-    """Held-out prompts, one sample each; 0 = no evaluation."""
+    """Held-out prompts; 0 = no evaluation."""
+    max_concurrent: int = Field(0, ge=0)
+    """Episodes that an evaluation has in flight while training goes on; 0 = a quarter of rollout.max_running_requests of all servers."""
     gconfig: GenerationConfig | None = None
-    """Sampling in evaluation; what it does not give is as in training, with one sample."""
+    """Sampling in evaluation; what it does not give is as in training, but n_samples (samples a prompt, for pass@k) is 1."""
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of a held-out prompt."""
+        return self.gconfig.n_samples if self.gconfig is not None else 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gconfig is not None and self.n_samples > 1 and self.gconfig.temperature == 0:
+            raise ValueError(
+                f"gconfig.temperature=0 gives the same answer all gconfig.n_samples={self.n_samples} times; set one of them to 1"
+            )
+        return self
 
 
 def drift_bound(configured: float | None, dtype: str, update_mode: str) -> float:

@@ -8,6 +8,8 @@
 | an episode         | tokens of the rollout servers      | the server's answer                    | rollout.request_timeout |
 |                    | its score                          | a reward worker                        | reward.timeout          |
 | a group            | all its episodes                   | the last one                           | rollout.episode_timeout |
+| an evaluation      | a free place among its episodes    | the end of one                         | rollout.episode_timeout |
+| the one at the end | a periodic one still running       | its end: it gets all places            | its episodes' deadlines |
 | trainer (``cut``)  | a batch that keeps the age bound   | a finished or rejected group           | rollout.batch_timeout   |
 | controller         | a train step, a publish            | the ranks' answers                     | actor.step_timeout      |
 | ``weights.run``    | published weights (shm, disk)      | the end of a train step                | never: idle by design   |
@@ -210,7 +212,7 @@ class PPOTrainer:
         if saver.every_steps and step % saver.every_steps == 0 and step < self.config.total_train_steps:
             tasks.create_task(self._cluster.save_step(step), name=f"checkpoint {step}")
         if evaluator.every_steps and step % evaluator.every_steps == 0 and step < self.config.total_train_steps:
-            tasks.create_task(self._evaluate(f"step {step}"), name=f"evaluation {step}")
+            tasks.create_task(self._cluster.evaluate_step(self.eval_workflow, step), name=f"evaluation {step}")
 
     async def _evaluate(self, when: str) -> Evaluation | None:
         """Held-out prompts under the weights that the servers have."""
@@ -226,10 +228,7 @@ class PPOTrainer:
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:
         totals, cluster = self.totals, self._cluster
-        if before is not None:
-            totals.accuracy_before, totals.length_before = before.accuracy, before.length
-        if after is not None:
-            totals.accuracy_after, totals.length_after = after.accuracy, after.length
+        totals.add_evaluations(before, after)
         totals.tokens_generated = cluster.meter.tokens_generated
         totals.dropped = cluster.dropped
         totals.filtered, totals.filter_passed = self.group_filter.n_filtered, self.group_filter.n_passed

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from areal.types import Group
+
+if TYPE_CHECKING:
+    from areal.evaluation import Evaluation
 
 
 def staleness_of(groups: Sequence[Group], version: int) -> np.ndarray:
@@ -66,7 +69,7 @@ class EngineMeter:
 
 @dataclass
 class RunTotals:
-    """Fills ``summary.json``; accuracy and length are None where no evaluation ran."""
+    """Fills ``summary.json``; accuracy, length and truncated are None where no evaluation ran."""
 
     accuracy_before: float | None = None
     accuracy_after: float | None = None
@@ -86,6 +89,20 @@ class RunTotals:
     """Groups that it was against, trained on because of rollout.dynamic_filter_max_waste."""
     truncated_masked: int = 0
     """Sequences that actor.mask_truncated kept out of the loss."""
+    truncated_before: float | None = None
+    truncated_after: float | None = None
+    pass_at_k_before: dict[str, float] = field(default_factory=dict)
+    pass_at_k_after: dict[str, float] = field(default_factory=dict)
+    majority_at_k_before: dict[str, float] = field(default_factory=dict)
+    majority_at_k_after: dict[str, float] = field(default_factory=dict)
+
+    def add_evaluations(self, before: Evaluation | None, after: Evaluation | None) -> None:
+        if before is not None:
+            self.accuracy_before, self.length_before, self.truncated_before = before.accuracy, before.length, before.truncated
+            self.pass_at_k_before, self.majority_at_k_before = before.pass_at_k, before.majority_at_k
+        if after is not None:
+            self.accuracy_after, self.length_after, self.truncated_after = after.accuracy, after.length, after.truncated
+            self.pass_at_k_after, self.majority_at_k_after = after.pass_at_k, after.majority_at_k
 
     def add_step(self, row: Mapping[str, Any]) -> None:
         self.train_steps += 1
