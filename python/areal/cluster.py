@@ -77,7 +77,7 @@ class Cluster:
             await self._start_trainer()
             return
         self.rewards = await self._resources.enter_async_context(
-            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
+            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
         )
         self.client = RolloutClient(config.rollout, update_mode=config.update_mode, interrupt_timeout=config.weight_sync.timeout)
         self.client.on_change(self._acknowledged.set)

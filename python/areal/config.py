@@ -288,6 +288,8 @@ class RewardConfig(Section):
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
     """Seconds per score; a longer one drops the group and is counted."""
+    max_concurrent: int = Field(256, ge=1)
+    """Async scores, those of an HTTP service included, that run at once; further ones wait."""
 
 
 class GRPOConfig(Section):
@@ -304,7 +306,8 @@ class GRPOConfig(Section):
     total_train_steps: int = Field(100, ge=1)
     """Train steps of reinforcement learning."""
     reward_fn: str = ""
-    """Import path of the reward function, package.module:name; empty = that of the data set."""
+    """Import path of the reward function, package.module:name, or the address of a service, http://host:port/score; empty = that of the
+    data set."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

@@ -212,7 +212,7 @@ class PPOTrainer:
         cluster = self._cluster
         self.totals.add_step(row)
         row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.dropped}
-        row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row()
+        row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row() | cluster.rewards.counters.read()
         cluster.log_step(row, clock)
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:

@@ -138,6 +138,10 @@ class ChildProcess:
         self._signal(signal.SIGKILL)
         self._process.wait(timeout=10)
 
+    def kill_soon(self) -> None:
+        """As ``kill``, without waiting: ``poll`` reaps the child."""
+        self._signal(signal.SIGKILL)
+
     def terminate(self, grace: float = 5.0) -> None:
         """Asks the process group to end, and kills what is left after ``grace`` seconds."""
         if self.poll() is None:
