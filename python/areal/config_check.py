@@ -15,6 +15,7 @@ from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfi
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
+from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
 
@@ -42,10 +43,19 @@ def check_config(config: GRPOConfig) -> None:
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    if config.reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", config.reward_fn):
-        raise ConfigError(f"reward_fn='{config.reward_fn}' is not an import path", "write package.module:function")
+    _check_reward_name(config.reward_fn)
     for key, device in _devices(config).items():
         _check_device_name(key, device)
+
+
+def _check_reward_name(reward_fn: str) -> None:
+    if is_service(reward_fn):
+        try:
+            service_address(reward_fn)
+        except ValueError as error:
+            raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
+    elif reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reward_fn):
+        raise ConfigError(f"reward_fn='{reward_fn}' is not an import path", "write package.module:function, or http://host:port/score")
 
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
@@ -223,6 +233,11 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
         from areal.workflow.build import reward_function
 
         reward_function(config)
+        if is_service(config.reward_fn) and (why := why_unreachable(config.reward_fn)):
+            raise ConfigError(
+                f"reward_fn='{config.reward_fn}': nothing can be reached there ({why})",
+                "start that service first, e.g. with `areal reward-server`, or look at the address",
+            )
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.reward.address import is_service
+from areal.reward.http import HTTPReward
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -40,7 +42,9 @@ def build_workflow(
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
-    """The function of ``reward_fn``, or the one that fits the data set."""
+    """The function or service of ``reward_fn``, or the function that fits the data set."""
+    if is_service(config.reward_fn):
+        return HTTPReward(config.reward_fn, config.reward.timeout, config.reward.max_concurrent)
     if config.reward_fn:
         return cast(Callable[..., Any], import_object("reward_fn", config.reward_fn))
     return _default_reward(config.train_dataset)

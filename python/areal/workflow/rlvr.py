@@ -11,6 +11,8 @@ import numpy as np
 from areal.config import GenerationConfig
 from areal.data import MalformedRow, encode_prompt
 from areal.reward import AsyncRewardWrapper
+from areal.reward.address import is_service
+from areal.reward.http import HTTPReward
 from areal.run_folder import load_tokenizer
 from areal.types import ModelRequest, ModelResponse
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
@@ -32,7 +34,8 @@ class RLVRWorkflow:
     all its keys but the four of the reward's own arguments are passed on to the reward function.
 
     Args:
-        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async, or the import path of one.
+        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async, or the import path of one, or the address of
+            a service (``HTTPReward``).
         gconfig: sampling; ``n_samples`` is the runner's business.
         tokenizer: Hugging Face tokenizer or the folder of one; without one only ``input_ids`` rows work and the reward gets empty texts.
         enable_thinking: handed to the chat template; None = the template's own default.
@@ -49,7 +52,7 @@ class RLVRWorkflow:
         max_prompt_len: int | None = None,
         reward_timeout: float | None = None,
     ) -> None:
-        self.reward_fn: Callable[..., Any] = import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn
+        self.reward_fn: Callable[..., Any] = _named(reward_fn, reward_timeout) if isinstance(reward_fn, str) else reward_fn
         self.gconfig = gconfig.new(n_samples=1)
         self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         self.max_prompt_len = max_prompt_len
@@ -104,6 +107,12 @@ class RLVRWorkflow:
 
     def _decode(self, ids: list[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _named(reward_fn: str, timeout: float | None) -> Callable[..., Any]:
+    if not is_service(reward_fn):
+        return import_object("reward_fn", reward_fn)  # type: ignore[no-any-return]
+    return HTTPReward(reward_fn) if timeout is None else HTTPReward(reward_fn, timeout)
 
 
 def response_to_dict(response: ModelResponse, reward: float) -> dict[str, Any]:
