@@ -21,6 +21,7 @@ from areal.reward.worker import BAD_VALUE, FRAME_HEADER, LOADED, MAX_ANSWER, OK,
 
 START_TIMEOUT = 60.0
 _TELL_SECONDS = 2.0  # for the exit code of a process that has closed its connection
+_END_SECONDS = 0.5  # for such a process to end by itself
 _SLOWEST_POLL = 0.1
 
 
@@ -82,7 +83,7 @@ class RewardProcess(asyncio.Protocol):
         self.ready = False
         self._modules: set[str] = set()
         self._seconds: float | None = None
-        self.dead = False
+        self.dead = self._killed = False
         self._deadline = self._loop.time() + START_TIMEOUT
         ours, theirs = socket.socketpair()
         with theirs:
@@ -206,11 +207,12 @@ class RewardProcess(asyncio.Protocol):
 
     def _ended(self, how: str) -> None:
         """It is of no use any more: the score that it was at fails, once its exit code is known; the others go to the next worker."""
+        self._detach()
         if not self.ready:
-            self._lost(f"{self.process.name} died while starting")
+            self._pool.worker_lost(self, f"{self.process.name} died while starting")
             return
         job = self.jobs.popleft() if self.jobs and self.jobs[0].was_sent else None
-        self._lost()
+        self._pool.worker_lost(self)
         if job is not None:
             self._pool.spawn(self._tell(job, how))
 
@@ -224,6 +226,11 @@ class RewardProcess(asyncio.Protocol):
 
     def kill(self) -> None:
         """Everything of it is told to end; ``gone`` tells when it has."""
+        self._detach()
+        self._killed = True
+        self.process.kill_soon()
+
+    def _detach(self) -> None:
         self.dead = True
         if self._timer is not None:
             self._timer.cancel()
@@ -231,16 +238,20 @@ class RewardProcess(asyncio.Protocol):
             self._transport.abort()
         else:
             self._socket.close()
-        self.process.kill_soon()
 
     async def gone(self, timeout: float) -> bool:
-        """Reaps the killed process; False if the kernel still holds it after ``timeout`` seconds."""
-        pause, end = 0.001, self._loop.time() + timeout
+        """Reaps the process, which is killed if it does not end by itself; False if the kernel still holds it after ``timeout`` seconds."""
+        pause, begin = 0.001, self._loop.time()
         while self.process.poll() is None:
-            if self._loop.time() > end:
+            seconds = self._loop.time() - begin
+            if seconds > timeout:
                 return False
+            if seconds > _END_SECONDS and not self._killed:
+                self.kill()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _SLOWEST_POLL)
+        if not self._killed:
+            self.kill()  # what it has started
         return True
 
 
