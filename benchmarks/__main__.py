@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SYSTEM = ("async_vs_sync", "engine", "interruption", "weight_sync")
+SYSTEM = ("async_vs_sync", "engine", "interruption", "reward_latency", "weight_sync")
 DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
 
 

@@ -72,3 +72,17 @@ async def obey_async(prompt: str, completions: str, prompt_ids: list[int], compl
         case ["cancelled"]:
             raise asyncio.CancelledError
     raise AssertionError(completions)
+
+
+async def at_once(*args: Any, **row: Any) -> float:
+    return 1.0
+
+
+async def sleeps_async(*args: Any, seconds: float, **row: Any) -> float:
+    await asyncio.sleep(seconds)
+    return 1.0
+
+
+def sleeps(*args: Any, seconds: float, **row: Any) -> float:
+    time.sleep(seconds)
+    return 1.0

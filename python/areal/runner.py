@@ -182,7 +182,7 @@ class Runner:
         self._next_group = 0
         self._unfinished: set[int] = set()
         self._wake = asyncio.Event()
-        self._slots = GenerationSlots(staleness, self._wake.set)
+        self.slots = GenerationSlots(staleness, self._wake.set)
         self._dropped_in_a_row = 0
         self._last_drop = ""
 
@@ -261,7 +261,7 @@ class Runner:
         """All samples of a prompt, or EpisodeDropped with the cause of the first that failed."""
         seed, route, limit = self.config.seed, Route(), asyncio.timeout(self.config.rollout.episode_timeout)
         n_samples = self.config.gconfig.n_samples
-        group = GroupSlot(self._slots, n_samples)
+        group = GroupSlot(self.slots, n_samples)
         try:
             async with limit, asyncio.TaskGroup() as samples:
                 tasks = [
