@@ -80,3 +80,23 @@ def test_batch_of_equal_rewards():
 def test_rewards_must_be_finite(bad):
     with pytest.raises(ValueError, match="group 1"):
         compute_advantages(make_groups([[1, 0], [1, bad]]), ActorConfig(path="x"))
+
+
+def test_an_episode_counts_once_however_many_sequences_it_has():
+    (group,) = make_groups([[1.0, 0.5, 1.0, 0.0]])  # two turns and a last one, discounted, then two episodes of one
+    group.episode_sizes = [2, 1, 1]
+    x, w = np.array([1.0, 0.5, 1.0, 0.0]), np.array([0.5, 0.5, 1, 1])
+    mean = (x * w).sum() / 3
+    std = np.sqrt(((x - mean) ** 2 * w).sum() / 3)
+    assert values([group])[0] == pytest.approx(((x - mean) / (std + 1e-5)).tolist(), rel=1e-6)
+    assert values([group], reward_norm={"mean_level": "batch", "std_level": "none"})[0] == pytest.approx((x - mean).tolist(), rel=1e-6)
+    left_out = values([group], reward_norm={"mean_level": "leave_one_out", "std_level": "none"})[0]
+    assert left_out == pytest.approx([1 - 0.5, 0.5 - 0.5, 1 - 0.375, 0 - 0.875], abs=1e-7)
+
+
+def test_leave_one_out_of_equal_episodes_teaches_nothing():
+    (group,) = make_groups([[0.25, 0.25, 0.25]])
+    group.episode_sizes = [2, 1]
+    assert values([group], reward_norm={"mean_level": "leave_one_out", "std_level": "batch"})[0] == [0.0, 0.0, 0.0]
+    group.episode_sizes = [3]
+    assert values([group], reward_norm={"mean_level": "leave_one_out", "std_level": "none"})[0] == [0.0, 0.0, 0.0]

@@ -178,7 +178,7 @@ CLASHES = {
     "gconfig.n_samples=1": ("makes every advantage 0", "gconfig.n_samples=8"),
     "rollout.episode_timeout=1000": ("ends the run before an episode", "raise the first"),
     "actor.init_from_scratch={hidden_size: 8}": ("has no model_type", "qwen2"),
-    "reward_fn=my_module": ("is not an import path", "package.module:function"),
+    "reward_fn=my_module": ("is not an import path", "package.module:name"),
     "actor.device=gpu": ("actor.device='gpu' is not a device", "use auto, cpu, cuda"),
 }
 

@@ -1,5 +1,6 @@
 """The example configurations are whole: they load, their checks pass, and the longest sequence of their task fits."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,12 +12,16 @@ from areal.config_load import load_expr_config
 from areal.tasks.arithmetic import build_tokenizer, make_problem
 from areal.workflow.build import reward_function
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.yaml"))
+SCRIPTS = ("agent", "calculator", "write_code")
+"""They make model and rows themselves."""
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_loads_and_takes_overrides(path):
-    config, source = load_expr_config([str(path), "seed=3", "rollout.max_head_offpolicyness=1"])
+    model = ["actor.path=made/by/the/script"] if path.stem in SCRIPTS else []
+    config, source = load_expr_config([str(path), "seed=3", "rollout.max_head_offpolicyness=1", *model])
     assert (config.seed, config.rollout.max_head_offpolicyness, source) == (3, 1, str(path))
     assert callable(reward_function(config))
 
@@ -33,36 +38,79 @@ def test_longest_chain_fits(path):
     assert dataset.max_prompt_len + config.gconfig.max_new_tokens <= config.rollout.max_context <= model["max_position_embeddings"]
 
 
-def test_there_are_three():
-    assert {p.stem for p in EXAMPLES} == {"arithmetic", "arithmetic_long", "gsm8k"}
+def test_there_are_these():
+    assert {p.stem for p in EXAMPLES} == {"arithmetic", "arithmetic_long", "calculator", "code", "gsm8k", "write_code"}
+    assert {p.stem for p in FOLDER.glob("*.py")} == {"tiny", *SCRIPTS}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_small_one_starts(name, tmp_path):
+    """The whole script with a hundredth of the warm-up: its episodes are not learned from yet, but none may be lost."""
+    if name == "agent":
+        pytest.importorskip("openai")
+    words = ["warmup.total_steps=6", "total_train_steps=2", "evaluator.n_prompts=8", "rollout.consumer_batch_size=4", "gconfig.n_samples=2"]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), *words], capture_output=True, text=True, timeout=280, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / done.stdout.split()[-1]).read_text())
+    assert summary["train_steps"] == 2 and summary["tokens_trained"] > 0 and summary["dropped"] == {}
+
+
+def test_the_rows_of_the_small_ones_are_right(monkeypatch):
+    """Half of their demonstrations earn the reward always, and no held-out prompt is trained on."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    calculator, write_code, tiny = (importlib.import_module(name) for name in ("calculator", "write_code", "tiny"))
+    train, held_out = tiny.make_rows(300, 50, calculator.draw_problem)
+    assert len(train) == 300 and len(held_out) == 50 and not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    for row in train:
+        assert calculator.reward("", "".join(row["completion"]), [], [], row["answer"]) == 1.0 and eval(row["prompt"][:-1]) == int(
+            row["answer"]
+        )
+    passed = {style: 0 for style in ("plain", "nested")}
+    for row in tiny.make_rows(300, 50, write_code.draw_problem)[0]:
+        try:
+            exec(row["completion"] + "\n" + row["tests"], {})
+        except AssertionError:
+            continue
+        passed["plain" if row["completion"].startswith("def f(x):return x") else "nested"] += 1
+    assert passed["nested"] > 120 and 20 < passed["plain"] < 100
 
 
 def make_tiny_model(folder: Path) -> None:
     """A random Qwen2 with a tokenizer of bytes and no chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from areal.models.loading import create_model
+    from areal.tasks.characters import byte_tokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = {"model_type": "qwen2", "vocab_size": len(vocabulary), "max_position_embeddings": 4096, "eos_token_id": 0, **sizes}
+    config = {
+        "model_type": "qwen2",
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 4096,
+        "eos_token_id": tokenizer.eos_token_id,
+        **sizes,
+    }
     create_model(config, seed=0).save_pretrained(folder)
 
 
+NUMBERS = range(1, 9)
+ROWS = {
+    "gsm8k": [
+        {"question": f"Ann has {n} apples and buys {n} more. How many has she?", "answer": f"{n} + {n}\n#### {2 * n}"} for n in NUMBERS
+    ],
+    "code": [{"prompt": f"Write f(x), which adds {n} to x.", "tests": f"assert f(1) == {n + 1}"} for n in NUMBERS],
+}
+
+
 @pytest.mark.timeout(300)
-def test_gsm8k_starts_on_a_tiny_random_model(tmp_path):
+@pytest.mark.parametrize("name", ROWS)
+def test_one_for_gpus_starts_on_a_tiny_random_model(name, tmp_path):
     """The whole loop on worded problems: a random model answers none of them, and says so."""
     make_tiny_model(tmp_path / "model")
-    rows = [
-        {"question": f"Ann has {n} apples and buys {n} more. How many has she?", "answer": f"{n} + {n}\n#### {2 * n}"} for n in range(1, 9)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[name]))
     overrides = {
         "actor.path": tmp_path / "model",
         "train_dataset.path": tmp_path / "rows.jsonl",
@@ -82,9 +130,19 @@ def test_gsm8k_starts_on_a_tiny_random_model(tmp_path):
         "rollout.max_running_requests": 8,
         "reward.workers": 1,
         "reward.timeout": 60,
+        "reward.isolation": "auto",
+        "experiment_name": "example",
+        "trial_name": "tiny",
     }
-    command = [sys.executable, "-m", "areal", "train", str(EXAMPLES[-1]), *(f"{key}={value}" for key, value in overrides.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "areal",
+        "train",
+        str(FOLDER / f"{name}.yaml"),
+        *(f"{key}={value}" for key, value in overrides.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "runs" / "gsm8k" / "qwen2.5-1.5b" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "runs" / "example" / "tiny" / "summary.json").read_text())
     assert summary["train_steps"] == 2 and summary["accuracy_after"] == 0.0 and summary["tokens_trained"] > 0

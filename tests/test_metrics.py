@@ -27,6 +27,13 @@ def test_batch_row_counts_loss_tokens_only() -> None:
     assert row["tokens_trained"] == 4
 
 
+def test_batch_row_is_of_episodes() -> None:
+    turns = [trajectory([3, 3], 0.5), trajectory([3, 4, 4], 1.0), trajectory([4], 0.0)]
+    turns[0].truncated = True
+    row = batch_row([Group(0, {}, turns, episode_sizes=[2, 1])], version=5)
+    assert (row["reward"], row["accuracy"], row["length"], row["length_max"], row["truncated"]) == (0.5, 0.5, 3.0, 5, 0.5)
+
+
 def test_totals_keep_the_worst_staleness() -> None:
     totals = RunTotals()
     totals.add_step(batch_row(GROUPS, version=6))

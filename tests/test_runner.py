@@ -348,7 +348,7 @@ def test_run_episode_by_itself(server: Server, model: tuple[Path, Any]) -> None:
         workflow = RLVRWorkflow(reward, _config().gconfig, model[1])
         row = next(_rows())
         async with RewardService():
-            a, b, c = [await run_episode(client, workflow, row, seed=1, sample=s) for s in (0, 0, 1)]
+            (a,), (b,), (c,) = [await run_episode(client, workflow, row, seed=1, sample=s) for s in (0, 0, 1)]
             assert a.input_ids.tolist() == b.input_ids.tolist() != c.input_ids.tolist()
             with pytest.raises(EpisodeDropped, match="ValueError: no") as caught:
                 await run_episode(client, workflow, {**row, "act": "raise"}, seed=1)

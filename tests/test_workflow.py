@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripted_engine import ScriptedEngine
 
 from areal.config import GenerationConfig
 from areal.reward import AsyncRewardWrapper, RewardService
 from areal.tasks.arithmetic import arithmetic_reward, build_tokenizer
-from areal.types import ModelRequest, ModelResponse, Trajectory
-from areal.workflow import EpisodeDropped, RLVRWorkflow, RolloutWorkflow, TrajectoryError, to_trajectory
+from areal.types import ModelRequest, Trajectory
+from areal.workflow import EpisodeDropped, RLVRWorkflow, RolloutWorkflow, TrajectoryError, to_trajectories, to_trajectory
 
 GOOD: dict[str, Any] = {
     "input_ids": [5, 6, 7, 8],
@@ -22,22 +23,6 @@ GOOD: dict[str, Any] = {
     "versions": [-1, -1, 3, 4],
     "rewards": 1.0,
 }
-
-
-class ScriptedEngine:
-    """An engine that answers given tokens."""
-
-    def __init__(self, *answers: list[int]) -> None:
-        self.answers = list(answers)
-        self.requests: list[ModelRequest] = []
-
-    async def agenerate(self, request: ModelRequest) -> ModelResponse:
-        self.requests.append(request)
-        tokens = self.answers.pop(0)
-        return ModelResponse(request.input_ids, tokens, [-0.25] * len(tokens), [2] * len(tokens), "stop")
-
-    def get_version(self) -> int:
-        return 2
 
 
 def _check(t: Trajectory) -> None:
@@ -62,6 +47,27 @@ def test_flat_batched_torch_numpy_and_padded() -> None:
     _check(to_trajectory(to_trajectory(GOOD)))
 
 
+def test_an_episode_of_several_sequences() -> None:
+    short = {key: value[1:] for key, value in GOOD.items() if key != "rewards"}
+    a, b = to_trajectories([GOOD, {**short, "rewards": 0.5, "truncated": True, "final_answer": "3"}])
+    _check(a)
+    assert not a.truncated and a.final_answer is None
+    assert (len(b), b.reward, b.truncated, b.final_answer) == (3, 0.5, True, "3")
+    padded = {key: torch.tensor([GOOD[key], [*short[key], 0]]) for key in short}
+    batched = {**padded, "rewards": torch.tensor([1.0, 0.5]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    a, b = to_trajectories(batched)
+    _check(a)
+    assert len(b) == 3 and b.reward == 0.5
+    (only,) = to_trajectories(GOOD)
+    _check(only)
+    with pytest.raises(TrajectoryError, match=r"'rewards' has shape \[1\], its input_ids hold 2"):
+        to_trajectories({**batched, "rewards": [1.0]})
+    with pytest.raises(TrajectoryError, match="empty list"):
+        to_trajectories([])
+    with pytest.raises(TrajectoryError, match="final_answer is a int"):
+        to_trajectories({**GOOD, "final_answer": 3})
+
+
 def test_log_probs_outside_of_the_loss_are_cleared() -> None:
     _check(to_trajectory({**GOOD, "logprobs": [float("nan"), 3.0, -0.5, -1.0]}))
 
@@ -76,7 +82,7 @@ def test_log_probs_outside_of_the_loss_are_cleared() -> None:
         ({"versions": [-1, -1, -1, 4]}, "version -1"),
         ({"logprobs": [0, 0, float("nan"), -1]}, "log-prob"),
         ({"logprobs": [0, 0, 0.5, -1]}, "positive"),
-        ({"rewards": [1.0, 0.0]}, "one sample per episode"),
+        ({"rewards": [1.0, 0.0]}, "returns a list of dicts"),
         ({"rewards": float("nan")}, "finite"),
         ({"rewards": "1.0"}, "not an array of numbers"),
         ({"input_ids": [[1, 2, 3, 4], [1, 2, 3, 4]]}, r"shape \[2, 4\]"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from areal.agent.workflow import AgentWorkflow as AgentWorkflow
     from areal.config import ConfigError as ConfigError
     from areal.config import GenerationConfig as GenerationConfig
     from areal.config import GenerationConfig as GenerationHyperparameters
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
     from areal.types import ModelRequest as ModelRequest
     from areal.types import ModelResponse as ModelResponse
     from areal.workflow.base import RolloutWorkflow as RolloutWorkflow
+    from areal.workflow.multi_turn import MultiTurnWorkflow as MultiTurnWorkflow
     from areal.workflow.rlvr import RLVRWorkflow as RLVRWorkflow
+    from areal.workflow.tool import ToolWorkflow as ToolWorkflow
+    from areal.workflow.tools import Tool as Tool
+    from areal.workflow.tools import ToolCall as ToolCall
 
 _HOMES = {
+    "AgentWorkflow": "areal.agent.workflow",
     "AsyncRewardWrapper": "areal.reward.service",
     "ConfigError": "areal.config",
     "GRPOConfig": "areal.config",
@@ -32,15 +38,20 @@ _HOMES = {
     "GenerationHyperparameters": "areal.config",
     "ModelRequest": "areal.types",
     "ModelResponse": "areal.types",
+    "MultiTurnWorkflow": "areal.workflow.multi_turn",
     "PPOTrainer": "areal.controller",
     "RLVRWorkflow": "areal.workflow.rlvr",
     "RolloutWorkflow": "areal.workflow.base",
     "SFTTrainer": "areal.sft",
+    "Tool": "areal.workflow.tools",
+    "ToolCall": "areal.workflow.tools",
+    "ToolWorkflow": "areal.workflow.tool",
     "load_expr_config": "areal.config_load",
 }
 _NAMES_THERE = {"GenerationHyperparameters": "GenerationConfig"}  # AReaL's name for it
 
 __all__ = [
+    "AgentWorkflow",
     "AsyncRewardWrapper",
     "ConfigError",
     "GRPOConfig",
@@ -48,10 +59,14 @@ __all__ = [
     "GenerationHyperparameters",
     "ModelRequest",
     "ModelResponse",
+    "MultiTurnWorkflow",
     "PPOTrainer",
     "RLVRWorkflow",
     "RolloutWorkflow",
     "SFTTrainer",
+    "Tool",
+    "ToolCall",
+    "ToolWorkflow",
     "__version__",
     "load_expr_config",
 ]

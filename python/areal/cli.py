@@ -1,4 +1,4 @@
-"""The command line: ``areal train | serve | reward-server | eval | doctor | report``.
+"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -29,7 +29,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="areal", description="Fully asynchronous reinforcement learning for language models.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_train(commands)
+    _add_serve(commands)
+    _add_reward_server(commands)
+    _add_eval(commands)
+    _add_score(commands)
+    _add_doctor_and_report(commands)
+    return parser
 
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     train = commands.add_parser(
         "train",
         usage="areal train CONFIG [key=value ...]",
@@ -47,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--check", action="store_true", help="check the configuration, print it in full and stop")
     train.add_argument("--keys", action="store_true", help="list every key with its default and meaning and stop")
 
+
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     serve = commands.add_parser(
         "serve",
         usage="areal serve MODEL [options] [-- options of SGLang]",
@@ -70,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--deterministic", action="store_true", help="embedded: answers do not depend on what else is running")
 
+
+def _add_reward_server(commands: argparse._SubParsersAction[_Parser]) -> None:
     rewards = commands.add_parser(
         "reward-server",
         usage="areal reward-server FUNCTION ... [options]",
@@ -83,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     rewards.add_argument("--timeout", type=float, default=15.0, metavar="S", help="seconds a score may run")
     rewards.add_argument("--max-queue", type=int, default=1024, metavar="N", help="scores that wait at most; more are sent away (429)")
 
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     evaluate = commands.add_parser(
         "eval",
         usage="areal eval MODEL [--config FILE] [key=value ...]",
@@ -95,6 +110,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--config", metavar="FILE", help="data set and sampling; default: the config of the run that MODEL belongs to")
 
+
+def _add_score(commands: argparse._SubParsersAction[_Parser]) -> None:
+    score = commands.add_parser(
+        "score",
+        usage="areal score math|code FILE --out OUT [options]",
+        help="score saved completions again",
+        description="Score the completions of a JSONL file. OUT has the same rows with 'score' or 'failure'; its path is the line printed.",
+    )
+    score.add_argument("kind", choices=["math", "code"], help="math: rows with 'completion' and 'answer'; code: 'completion' and 'tests'")
+    score.add_argument("file", metavar="FILE", help="JSONL, an object a line")
+    score.add_argument("--out", metavar="OUT", required=True, help="appears whole, or not at all")
+    score.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that score; default: a core each")
+    score.add_argument("--timeout", type=float, metavar="S", help="CPU seconds that an answer may take; one that takes longer scores 0")
+    score.add_argument(
+        "--isolation", choices=["auto", "namespaces", "rlimit"], help="code: how programs are confined; a named level is demanded"
+    )
+    score.add_argument("--completion-key", default="completion", metavar="KEY", help="the column of the completions")
+
+
+def _add_doctor_and_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     doctor = commands.add_parser(
         "doctor", help="what this machine has, and what to do about what is missing", description="Check this machine."
     )
@@ -105,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/arithmetic/demo")
     report.add_argument("--out", metavar="FOLDER", help="where the pictures go; default: the run's folder")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,6 +312,18 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _score(args: argparse.Namespace) -> int:
+    from areal.reward.score_command import run_score
+
+    _end_in_order()
+    out = Path(args.out)
+    options = {name: getattr(args, name) for name in ("workers", "timeout", "completion_key", "isolation")}
+    summary = run_score(args.kind, Path(args.file), out, **options)
+    print(summary, file=sys.stderr)
+    print(out)
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from areal.doctor import run_doctor
 
@@ -292,7 +338,9 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "doctor": _doctor, "report": _report}
+_COMMANDS = {
+    "train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
+}  # fmt: skip
 
 
 def _report_failure(error: Exception) -> int:

@@ -20,6 +20,8 @@ from areal.inference.servers import RolloutServer, ServerStartError, end_servers
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.reward import RewardService
+from areal.reward.code import CodeReward
+from areal.reward.sandbox.levels import describe
 from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_lock
 from areal.runner import DropCounter
 from areal.stats import StatsLogger
@@ -28,6 +30,7 @@ from areal.weight_sync.shm import unlink_stale
 from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
+from areal.workflow.build import reward_function
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class Cluster:
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
         )
+        await self._tell_isolation()
         self.client = RolloutClient(config.rollout, update_mode=config.update_mode, interrupt_timeout=config.weight_sync.timeout)
         self.client.on_change(self._acknowledged.set)
         self._resources.push_async_callback(self.client.close)
@@ -96,6 +100,12 @@ class Cluster:
             self._weight_span,
             self.display.note,
         )
+
+    async def _tell_isolation(self) -> None:
+        """Where answers are programs: how they are confined on this machine."""
+        if isinstance(function := reward_function(self.config), CodeReward):
+            level = await asyncio.to_thread(describe, function.isolation)
+            self.display.note(f"programs are run at the isolation level {level}", style="")
 
     def _weight_span(self, actor: str, begin: float, end: float) -> None:
         self.stats.span(actor, "weight_sync", begin, end)

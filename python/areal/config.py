@@ -290,6 +290,8 @@ class RewardConfig(Section):
     """Seconds per score; a longer one drops the group and is counted."""
     max_concurrent: int = Field(256, ge=1)
     """Async scores, those of an HTTP service included, that run at once; further ones wait."""
+    isolation: Literal["auto", "namespaces", "rlimit"] = "auto"
+    """How programs are confined that areal.reward.code scores; auto takes the strongest that the machine has, a named one is demanded."""
 
 
 class GRPOConfig(Section):
@@ -308,6 +310,11 @@ class GRPOConfig(Section):
     reward_fn: str = ""
     """Import path of the reward function, package.module:name, or the address of a service, http://host:port/score; empty = that of the
     data set."""
+    workflow: str = ""
+    """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
+    workflow_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len and max_context are those of the run where it takes
+    them and they are not given."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

@@ -18,6 +18,8 @@ from areal.launcher.gpus import count_gpus
 from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
+_IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
 
 def parse_trainer_backend(value: str) -> int:
     """N of ``fsdp:dN``."""
@@ -44,6 +46,8 @@ def check_config(config: GRPOConfig) -> None:
     if config.deterministic:
         _check_deterministic(config)
     _check_reward_name(config.reward_fn)
+    if config.workflow and not re.fullmatch(_IMPORT_PATH, config.workflow):
+        raise ConfigError(f"workflow='{config.workflow}' is not an import path", "write package.module:name")
     for key, device in _devices(config).items():
         _check_device_name(key, device)
 
@@ -54,7 +58,7 @@ def _check_reward_name(reward_fn: str) -> None:
             service_address(reward_fn)
         except ValueError as error:
             raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
-    elif reward_fn and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reward_fn):
+    elif reward_fn and not re.fullmatch(_IMPORT_PATH, reward_fn):
         raise ConfigError(f"reward_fn='{reward_fn}' is not an import path", "write package.module:function, or http://host:port/score")
 
 
@@ -126,6 +130,24 @@ def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
 def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     """Tokens of the longest prompt and the longest answer together."""
     return dataset.max_prompt_len + gconfig.max_new_tokens
+
+
+def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int | None:
+    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; None = not known."""
+    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
+    if not evaluation:
+        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _check_lengths(config: GRPOConfig) -> None:
@@ -229,15 +251,11 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
         sglang_python(config.sglang.python)
     if trains:
         _check_transport(config)
-    if config.reward_fn:
-        from areal.workflow.build import reward_function
+    _check_reward(config)
+    if config.workflow:
+        from areal.workflow.build import config_workflow
 
-        reward_function(config)
-        if is_service(config.reward_fn) and (why := why_unreachable(config.reward_fn)):
-            raise ConfigError(
-                f"reward_fn='{config.reward_fn}': nothing can be reached there ({why})",
-                "start that service first, e.g. with `areal reward-server`, or look at the address",
-            )
+        config_workflow(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
@@ -245,6 +263,32 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
             raise ConfigError(
                 f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}"
             )
+
+
+def _check_reward(config: GRPOConfig) -> None:
+    """The reward function can be imported; one for code is confined as demanded, and its programs end before their scores are overdue."""
+    from areal.reward.code import CodeReward
+    from areal.reward.sandbox.levels import HINT, namespaces_missing
+    from areal.workflow.build import reward_function
+
+    if is_service(config.reward_fn) and (why := why_unreachable(config.reward_fn)):
+        raise ConfigError(
+            f"reward_fn='{config.reward_fn}': nothing can be reached there ({why})",
+            "start that service first, e.g. with `areal reward-server`, or look at the address",
+        )
+    function, reward = reward_function(config), config.reward
+    code = function if isinstance(function, CodeReward) else CodeReward().within(reward)
+    if code.isolation == "namespaces" and (reason := namespaces_missing()):
+        raise ConfigError(
+            f"reward.isolation=namespaces: this machine does not have that level ({reason})", f"{HINT}, or set reward.isolation=auto"
+        )
+    longest = CodeReward.longest_wall_seconds(reward.timeout)
+    if code.limits is not None and code.limits.wall_seconds > longest:
+        raise ConfigError(
+            f"reward.timeout={reward.timeout:g} s leaves a program {longest:g} s, but the limits of reward_fn='{config.reward_fn}' give it "
+            f"{code.limits.wall_seconds:g} s: slow programs would be failures instead of wrong answers",
+            f"set reward.timeout={1.5 * code.limits.wall_seconds:g}",
+        )
 
 
 def _check_gpus(config: GRPOConfig) -> None:

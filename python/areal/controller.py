@@ -42,7 +42,7 @@ from areal.sft import warm_up
 from areal.staleness import StalenessManager
 from areal.trajectory_log import TrajectoryLog
 from areal.types import Group, TrainBatch
-from areal.workflow.build import build_workflow, reward_function
+from areal.workflow.build import build_workflow, for_held_out, reward_function
 
 
 class TrainerMisused(RuntimeError):
@@ -120,7 +120,7 @@ class PPOTrainer:
         elif workflow_kwargs and "gconfig" in workflow_kwargs and config.evaluator.gconfig is not None:
             self.eval_workflow = build_workflow(config, tokenizer, workflow, {**workflow_kwargs, "gconfig": config.evaluator.gconfig})
         else:
-            self.eval_workflow = self.workflow
+            self.eval_workflow = for_held_out(config, self.workflow)
         return self._in_loop(self._train())
 
     def _in_loop(self, coroutine: Any) -> Any:

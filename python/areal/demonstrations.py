@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def load_demonstrations(config: GRPOConfig, tokenizer: Any, given: Any = None) -
 class Demonstrations:
     """Tokenized demonstrations without end.
 
-    A row's answer is its ``completion``, else its ``answer``. Rows without one, prompts longer than ``max_prompt_len`` and samples longer
+    A row's answer is its ``completion``, else its ``answer``: a text, or a list of texts of which every second one is the environment's
+    (a tool's result) and not trained on. Rows without one, prompts longer than ``max_prompt_len`` and samples longer
     than ``max_tokens`` are dropped and counted in ``dropped``.
     """
 
@@ -50,7 +52,7 @@ class Demonstrations:
         return [self.next() for _ in range(n)]
 
     def next(self) -> Trajectory:
-        """The next usable sample; ``loss_mask`` is true on the answer.
+        """The next usable sample; ``loss_mask`` is true on the answer, but for the environment's parts of it.
 
         Raises:
             ConfigError: a thousand rows in a row were unusable.
@@ -77,15 +79,20 @@ class Demonstrations:
 
     def encode(self, row: Mapping[str, Any]) -> Trajectory:
         answer = row.get("completion", row.get("answer"))
-        if not isinstance(answer, str):
-            raise MalformedRow(f"{row['prompt_id']}: the demonstrated answer must be a string, not {type(answer).__name__}; set answer_key")
+        texts = [answer] if isinstance(answer, str) else answer
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise MalformedRow(
+                f"{row['prompt_id']}: the demonstrated answer must be a string (or a list of them), not {type(answer).__name__}; set answer_key"
+            )
         prompt = encode_prompt(row, self._tokenizer)
         try:
-            answer_ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+            parts = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         except Exception as error:  # tokenizers raises bare Exception: the row is at fault
             raise MalformedRow(f"{row['prompt_id']}: its answer cannot be tokenized ({error})") from error
-        ids = np.array([*prompt, *answer_ids, self._tokenizer.eos_token_id], np.int64)
-        mask = np.arange(len(ids)) >= max(1, len(prompt))
+        ids = np.array([*prompt, *chain.from_iterable(parts), self._tokenizer.eos_token_id], np.int64)
+        trained = [[i % 2 == 0] * len(part) for i, part in enumerate(parts)]
+        mask = np.array([*([False] * len(prompt)), *chain.from_iterable(trained), True])
+        mask[0] = False  # nothing predicts it
         return Trajectory(ids, mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
 
 

@@ -223,6 +223,20 @@ def _free(port: int) -> bool:
     return True
 
 
+def check_sandbox() -> Finding:
+    """How programs would be confined that areal.reward.code scores."""
+    from areal.reward.sandbox.client import SandboxError
+    from areal.reward.sandbox.levels import HINT, describe, namespaces_missing
+
+    if missing := namespaces_missing():
+        try:
+            text = f"{describe('rlimit')}; no namespaces: {missing}"
+        except SandboxError as error:
+            return Finding("code sandbox", "optional", f"no code can be scored: {error}", HINT)
+        return Finding("code sandbox", "optional", text, f"code rewards: {HINT}")
+    return Finding("code sandbox", "ok", describe("namespaces"))
+
+
 def check_cpu() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -260,6 +274,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_shared_memory,
     check_files,
     check_ports,
+    check_sandbox,
     check_disk,
     check_cuda,
     check_nvcc,

@@ -63,7 +63,7 @@ async def evaluate(
     slots = asyncio.Semaphore(_MAX_IN_FLIGHT)
     failures: Counter[str] = Counter()
 
-    async def one(row: dict[str, Any]) -> Trajectory | None:
+    async def one(row: dict[str, Any]) -> list[Trajectory] | None:
         async with slots:
             try:
                 return await run_episode(client, workflow, row, seed=seed, route=Route())
@@ -73,17 +73,17 @@ async def evaluate(
 
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(row)) for row in rows]
-    scored = [t for task in running if (t := task.result()) is not None]
+    scored = [episode for task in running if (episode := task.result()) is not None]
     if not scored:
         return Evaluation(None, None, None, 0, dict(failures))
-    rewards = np.array([t.reward for t in scored])
+    rewards = np.array([episode[-1].reward for episode in scored])
     return Evaluation(
         accuracy=float((rewards > 0).mean()),
-        length=float(np.mean([t.loss_mask.sum() for t in scored])),
+        length=float(np.mean([sum(t.loss_mask.sum() for t in episode) for episode in scored])),
         reward=float(rewards.mean()),
         n_scored=len(scored),
         failures=dict(failures),
-        samples=[_as_text(t, tokenizer) for t in scored[:n_show]] if tokenizer is not None else [],
+        samples=[_as_text(episode[-1], tokenizer) for episode in scored[:n_show]] if tokenizer is not None else [],
     )
 
 

@@ -19,16 +19,17 @@ def staleness_of(groups: Sequence[Group], version: int) -> np.ndarray:
 
 
 def batch_row(groups: Sequence[Group], version: int) -> dict[str, Any]:
-    """The part of the row that is known from the batch alone; lengths count loss tokens."""
-    trajectories = [t for g in groups for t in g.trajectories]
-    lengths = np.array([t.loss_mask.sum() for t in trajectories])
-    rewards = np.array([t.reward for t in trajectories])
+    """The part of the row that is known from the batch alone: of episodes, whose lengths count loss tokens."""
+    episodes = [e for g in groups for e in g.episodes()]
+    lengths = np.array([sum(t.loss_mask.sum() for t in e) for e in episodes])
+    rewards = np.array([e[-1].reward for e in episodes])
     ages = staleness_of(groups, version)
     return {
         "reward": float(rewards.mean()),
         "accuracy": float((rewards > 0).mean()),
         "length": float(lengths.mean()),
         "length_max": int(lengths.max()),
+        "truncated": float(np.mean([any(t.truncated for t in e) for e in episodes])),
         "staleness_mean": float(ages.mean()) if ages.size else 0.0,
         "staleness_max": int(ages.max()) if ages.size else 0,
         "tokens_trained": int(lengths.sum()),

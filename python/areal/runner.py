@@ -20,7 +20,7 @@ from areal.inference.client import RequestRejected, RolloutClient, Route
 from areal.reward import RewardFailure
 from areal.reward.service import score_watch
 from areal.types import Group, ModelRequest, ModelResponse, Trajectory
-from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectory
+from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectories
 
 log = logging.getLogger(__name__)
 _LOGGED_PER_CAUSE = 3
@@ -113,8 +113,8 @@ async def run_episode(
     sample: int = 0,
     route: Route | None = None,
     slot: EpisodeSlot | None = None,
-) -> Trajectory:
-    """One episode of a row, as a checked trajectory. It is the work of a task of its own where it has a ``slot``.
+) -> list[Trajectory]:
+    """One episode of a row, as checked trajectories: one, unless it has several sequences. With a ``slot`` it has a task of its own.
 
     Raises:
         EpisodeDropped: it gave no sample; ``cause`` says why. Errors that are nobody's single episode (no server, no reward workers)
@@ -127,7 +127,7 @@ async def run_episode(
         result = await workflow.arun_episode(engine, dict(data))
         if result is None:
             raise EpisodeDropped("workflow_none", "the workflow returned None")
-        return to_trajectory(result)
+        return to_trajectories(result)
     except (EpisodeDropped, *FATAL):
         raise
     except RewardFailure as error:
@@ -240,13 +240,14 @@ class Runner:
 
     async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
         try:
-            trajectories = await self._episodes(row)
+            episodes = await self._episodes(row)
         except EpisodeDropped as dropped:
             self._finish(group_id, None)
             self._drop(dropped.cause, str(dropped))
         else:
             self._dropped_in_a_row = 0
-            self._finish(group_id, Group(group_id, row, trajectories))
+            sizes = [len(episode) for episode in episodes] if any(len(episode) > 1 for episode in episodes) else None
+            self._finish(group_id, Group(group_id, row, [t for episode in episodes for t in episode], sizes))
 
     def _finish(self, group_id: int, group: Group | None) -> None:
         self._unfinished.remove(group_id)
@@ -257,7 +258,7 @@ class Runner:
             self._buffer.put(group)
             self._staleness.finish_accepted()
 
-    async def _episodes(self, row: dict[str, Any]) -> list[Trajectory]:
+    async def _episodes(self, row: dict[str, Any]) -> list[list[Trajectory]]:
         """All samples of a prompt, or EpisodeDropped with the cause of the first that failed."""
         seed, route, limit = self.config.seed, Route(), asyncio.timeout(self.config.rollout.episode_timeout)
         n_samples = self.config.gconfig.n_samples
@@ -280,12 +281,12 @@ class Runner:
             raise errors.exceptions[0] from None
         finally:
             group.end()
-        trajectories, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
-        for trajectory in trajectories:
-            if len(trajectory) > longest:
-                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
+        episodes, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
+        for episode in episodes:
+            if (length := max(map(len, episode))) > longest:
+                why = f"a sample of {length} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
                 raise EpisodeDropped("sample_too_long", why)
-        return trajectories
+        return episodes
 
     def _drop(self, cause: str, message: str) -> None:
         self.drops.add(cause, message)

@@ -13,7 +13,7 @@ from areal.types import Group
 
 
 class TrajectoryLog:
-    """Lines of ``step, group_id, sample, prompt, answer, reward, input_ids, loss_mask, versions, logprobs``."""
+    """Lines of ``step, group_id, sample, prompt, answer, reward, truncated, input_ids, loss_mask, versions, logprobs``."""
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         self._file = path.open("ab")
@@ -21,7 +21,7 @@ class TrajectoryLog:
 
     def write(self, groups: Sequence[Group], step: int) -> None:
         for group in groups:
-            for sample, t in enumerate(group.trajectories):
+            for sample, t in ((i, t) for i, members in enumerate(group.episodes()) for t in members):
                 first = int(t.loss_mask.argmax()) if t.loss_mask.any() else len(t)
                 row = {
                     "step": step,
@@ -30,6 +30,7 @@ class TrajectoryLog:
                     "prompt": self._tokenizer.decode(t.input_ids[:first].tolist()),
                     "answer": self._tokenizer.decode(t.input_ids[first:].tolist()),
                     "reward": t.reward,
+                    "truncated": t.truncated,
                     "input_ids": t.input_ids,
                     "loss_mask": t.loss_mask,
                     "versions": t.versions,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -56,13 +57,17 @@ class ModelResponse:
 
 @dataclass(slots=True)
 class Trajectory:
-    """One finished and scored sample."""
+    """One finished and scored sequence: mostly a whole episode, else a part of one (a turn, a branch) that is trained on by itself."""
 
     input_ids: NDArray[np.int64]  # [L]
     loss_mask: NDArray[np.bool_]  # [L], true on tokens to train on
     logprobs: NDArray[np.float32]  # [L], behaviour policy; 0 where loss_mask is false
     versions: NDArray[np.int32]  # [L], -1 on tokens that no policy sampled
     reward: float
+    truncated: bool = False
+    """An answer in it ended by its length limit, as the stop reason said."""
+    final_answer: str | None = None
+    """What the episode answered, in the form in which equal answers are equal strings; None = the text itself (majority votes)."""
 
     @property
     def oldest_version(self) -> int:
@@ -76,17 +81,27 @@ class Trajectory:
 
 @dataclass(slots=True)
 class Group:
-    """All ``n_samples`` trajectories of one prompt: the unit of admission, of batches and of group normalisation."""
+    """All ``n_samples`` episodes of one prompt: the unit of admission, of batches and of group normalisation."""
 
     group_id: int
     """Running number of admission; unique in a run."""
     data: dict[str, Any]
     """The row of the data set."""
     trajectories: list[Trajectory]
+    """Those of an episode stand together, in the order of its turns; the last one's reward is the episode's."""
+    episode_sizes: list[int] | None = None
+    """How many of them each episode has; None = one each."""
 
     @property
     def oldest_version(self) -> int:
         return min(t.oldest_version for t in self.trajectories)
+
+    def episodes(self) -> list[list[Trajectory]]:
+        """The trajectories of each episode."""
+        if self.episode_sizes is None:
+            return [[t] for t in self.trajectories]
+        rest = iter(self.trajectories)
+        return [list(islice(rest, size)) for size in self.episode_sizes]
 
 
 @dataclass(slots=True)

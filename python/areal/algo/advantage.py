@@ -19,13 +19,14 @@ from areal.types import Group
 def compute_advantages(groups: Sequence[Group], config: ActorConfig) -> list[list[NDArray[np.float32]]]:
     """float32 [L] for every sample of every group: its advantage on loss tokens, 0 elsewhere.
 
-    The reward r becomes (r + reward_bias) * reward_scaling, then is normalised by ``reward_norm`` over its group or the batch; the
-    result is normalised by ``adv_norm`` over the loss tokens of the batch. Whatever is normalised over a set of equal values gives 0
-    there: such a group or batch does not say which answer is better. ``ValueError`` for an empty group or a reward that is not finite.
+    The reward r becomes (r + reward_bias) * reward_scaling, then is normalised by ``reward_norm`` over its group or the batch, in which
+    every episode counts once, however many sequences it has; the result is normalised by ``adv_norm`` over the loss tokens of the batch.
+    Whatever is normalised over a set of equal values gives 0 there: such a group or batch does not say which answer is better.
+    ``ValueError`` for an empty group or a reward that is not finite.
     """
     rewards = [_scaled_rewards(group, config) for group in groups]
     if config.reward_norm is not None:
-        rewards = _normalise(rewards, None, config.reward_norm)
+        rewards = _over_episodes(groups, rewards, config.reward_norm)
     if config.adv_norm is not None:
         n_loss_tokens = [np.array([t.loss_mask.sum() for t in group.trajectories], np.float64) for group in groups]
         rewards = _normalise(rewards, n_loss_tokens, config.adv_norm)
@@ -42,6 +43,27 @@ def _scaled_rewards(group: Group, config: ActorConfig) -> NDArray[np.float64]:
     if not np.isfinite(rewards).all():
         raise ValueError(f"group {group.group_id} has the rewards {rewards.tolist()}; they must be finite")
     return (rewards + config.reward_bias) * config.reward_scaling
+
+
+def _over_episodes(groups: Sequence[Group], rewards: list[NDArray[np.float64]], norm: NormConfig) -> list[NDArray[np.float64]]:
+    """``rewards`` normalised, where the sequences of an episode share the weight 1."""
+    sizes = [[len(members) for members in group.episodes()] for group in groups]
+    if all(size == 1 for counts in sizes for size in counts):
+        return _normalise(rewards, None, norm)
+    weights = [np.repeat(1.0 / np.array(counts), counts) for counts in sizes]
+    if norm.mean_level != "leave_one_out":
+        return _normalise(rewards, weights, norm)
+    # The rest of a group is its other episodes, not the other sequences.
+    centred = [values - _mean_of_others(values, counts) for values, counts in zip(rewards, sizes, strict=True)]
+    return _normalise(centred, weights, norm.new(mean_level="none"))
+
+
+def _mean_of_others(values: NDArray[np.float64], counts: list[int]) -> NDArray[np.float64]:
+    """For each value the mean of the other episodes' means; its own where there are no others, so that nothing is learned."""
+    means = np.array([part.mean() for part in np.split(values, np.cumsum(counts)[:-1])])
+    if len(means) == 1:
+        return values
+    return np.repeat((means.sum() - means) / (len(means) - 1), counts)
 
 
 def _normalise(groups: list[NDArray[np.float64]], weights: list[NDArray[np.float64]] | None, norm: NormConfig) -> list[NDArray[np.float64]]:

@@ -11,13 +11,25 @@ import multiprocessing.spawn
 import pickle
 import socket
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from areal.launcher.local import ChildProcess
 from areal.reward.counters import Score
-from areal.reward.worker import BAD_VALUE, FRAME_HEADER, LOADED, MAX_ANSWER, OK, READY, decode_answer, encode_frame
+from areal.reward.worker import (
+    ASKS_LOADED,
+    BAD_VALUE,
+    FRAME_HEADER,
+    LOADED,
+    MAX_ANSWER,
+    MAX_REQUEST,
+    OK,
+    READY,
+    WANTS_JSON,
+    decode_answer,
+    encode_frame,
+)
 
 START_TIMEOUT = 60.0
 _TELL_SECONDS = 2.0  # for the exit code of a process that has closed its connection
@@ -53,21 +65,50 @@ class Pool(Protocol):
 
 
 class Job:
-    __slots__ = ("future", "loading", "module", "payload", "score", "timeout", "was_sent")
+    __slots__ = ("future", "loading", "module", "payload", "score", "timeout", "wants_json", "was_sent")
 
-    def __init__(self, module: str, payload: bytes, future: asyncio.Future[float], timeout: float, score: Score) -> None:
+    def __init__(
+        self, module: str, payload: bytes, future: asyncio.Future[Any], timeout: float, score: Score, *, wants_json: bool = False
+    ) -> None:
         self.module = module
         self.payload = payload
         self.future = future
         self.timeout = timeout
         self.score = score
+        self.wants_json = wants_json
         self.was_sent = False
         self.loading = False  # sent to a process that has yet to import the module: time for that is not the score's
+
+    @property
+    def flags(self) -> int:
+        return ASKS_LOADED * self.loading | WANTS_JSON * self.wants_json
 
     @property
     def limit(self) -> float:
         """Seconds from now that it may take, when it is the running one."""
         return START_TIMEOUT if self.loading else self.timeout
+
+
+def pickled(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """
+    Raises:
+        RewardServiceError: the function cannot be sent to a worker: no score will do.
+        RewardFailure: these arguments cannot.
+    """
+    try:
+        payload = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # boundary to the row's own objects, which may raise anything
+        try:
+            pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as reason:
+            raise RewardServiceError(
+                f"the function {getattr(function, '__qualname__', repr(function))} cannot be sent to a worker process ({reason}); "
+                "define it at the top level of a module, or make it async"
+            ) from reason
+        raise RewardFailure("reward_unsendable", f"the row cannot be sent to a worker process: {error}") from error
+    if len(payload) > MAX_REQUEST:
+        raise RewardFailure("reward_unsendable", f"a row of {len(payload)} bytes is too long to be sent to a worker process")
+    return payload
 
 
 class RewardProcess(asyncio.Protocol):
@@ -121,7 +162,7 @@ class RewardProcess(asyncio.Protocol):
             self._arm()
         self.jobs.append(job)
         if not self._transport.is_closing():
-            self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.loading]) + job.payload)
+            self._transport.write(FRAME_HEADER.pack(len(job.payload) + 1) + bytes([job.flags]) + job.payload)
         job.was_sent = not self._transport.is_closing()  # to a process that has died nothing is: the next one gets it
 
     def data_received(self, data: bytes) -> None:
@@ -167,7 +208,7 @@ class RewardProcess(asyncio.Protocol):
             return
         self._seconds = job.score.scoring_seconds = seconds
         if status == OK:
-            resolve(job, value)
+            resolve(job, text if job.wants_json else value)
         else:
             fail(job, RewardFailure("reward_bad_value" if status == BAD_VALUE else "reward_raised", text))
 
@@ -255,9 +296,9 @@ class RewardProcess(asyncio.Protocol):
         return True
 
 
-def resolve(job: Job, score: float) -> None:
+def resolve(job: Job, value: float | str) -> None:
     if not job.future.done():
-        job.future.set_result(score)
+        job.future.set_result(value)
 
 
 def fail(job: Job, error: Exception) -> None:

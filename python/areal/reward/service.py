@@ -11,24 +11,24 @@ else), and it cannot tell which of several calls sent together hung or killed th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import json
 import logging
 import math
-import pickle
 import shutil
 import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from areal.reward.counters import Score, ScoreCounters
 from areal.reward.on_loop import LoopScorer
-from areal.reward.process import Job, RewardFailure, RewardProcess, RewardServiceError, fail
-from areal.reward.worker import MAX_REQUEST
+from areal.reward.process import Job, RewardFailure, RewardProcess, RewardServiceError, fail, pickled
 
 log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0  # seconds before a failed start is tried again
@@ -67,6 +67,7 @@ class RewardService:
     def __init__(self, workers: int = 1, timeout: float = 15.0, log_dir: Path | None = None, max_concurrent: int = 256) -> None:
         self.timeout = timeout
         self.counters = ScoreCounters()
+        self._calls = ScoreCounters()
         self.on_broken: Callable[[str], None] = lambda reason: None
         self._on_loop = LoopScorer(max_concurrent)
         self._temporary = Path(tempfile.mkdtemp(prefix="areal-reward-")) if log_dir is None else None
@@ -164,22 +165,14 @@ class RewardService:
         if watch is not None:
             watch.score_began()
         try:
-            if is_async(function) if on_loop is None else on_loop:
-                value = await self._on_loop.score(function, args, kwargs, seconds, score)
-            else:
-                value = await self._score_in_worker(function, args, kwargs, seconds, score)
-        except RewardFailure as failure:
-            score.done(failure.cause)
-            raise
-        except BaseException:  # cancelled, or no score can be had at all
-            score.cancelled()
-            raise
+            with _counted(score):
+                if is_async(function) if on_loop is None else on_loop:
+                    return await self._on_loop.score(function, args, kwargs, seconds, score)
+                return float(await self._run_in_worker(function, args, kwargs, seconds, score))
         finally:
             if watch is not None:
                 watch.score_ended()
             self._end_span()
-        score.done()
-        return value
 
     def _begin_span(self) -> None:
         self._active += 1
@@ -193,18 +186,39 @@ class RewardService:
         if self._spans:
             self._spans[-1][1] = time.time()
 
+    async def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
+        """``function(*args, **kwargs)``, called in a worker, as a JSON value; what JSON does not know comes as its text.
+
+        Raises:
+            RewardFailure: it raised, hung, killed its process or returned too much.
+            RewardServiceError: nothing can be called.
+        """
+        if self._broken:
+            raise RewardServiceError(self._broken)
+        call = self._calls.enter()
+        with _counted(call):
+            seconds = self.timeout if timeout is None else timeout
+            return json.loads(await self._run_in_worker(function, args, kwargs, seconds, call, wants_json=True))
+
     def drain_spans(self) -> list[tuple[str, float, float]]:
         """("reward", begin, end) in time.time() seconds of the times at which scores were being had, since the last call."""
         done = [("reward", a, b) for a, b in self._spans if b > a]
         self._spans = [[time.time(), time.time()]] if self._active else []
         return done
 
-    async def _score_in_worker(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float, score: Score
-    ) -> float:
+    async def _run_in_worker(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float,
+        score: Score,
+        *,
+        wants_json: bool = False,
+    ) -> Any:
         loop = asyncio.get_running_loop()
         module = str(getattr(function, "__module__", ""))
-        job = Job(module, _pickled(function, args, kwargs), loop.create_future(), timeout, score)
+        job = Job(module, pickled(function, args, kwargs), loop.create_future(), timeout, score, wants_json=wants_json)
         self._queue.append(job)
         if not self._dispatch_planned:  # calls of the same tick are dealt out together
             self._dispatch_planned = True
@@ -302,26 +316,17 @@ class RewardService:
         self._queue.clear()
 
 
-def _pickled(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """
-    Raises:
-        RewardServiceError: the function cannot be sent to a worker: no score will do.
-        RewardFailure: these arguments cannot.
-    """
+@contextlib.contextmanager
+def _counted(score: Score) -> Iterator[None]:
     try:
-        payload = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # boundary to the row's own objects, which may raise anything
-        try:
-            pickle.dumps(function)
-        except (pickle.PicklingError, AttributeError, TypeError) as reason:
-            raise RewardServiceError(
-                f"the reward function {getattr(function, '__qualname__', repr(function))} cannot be sent to a worker process ({reason}); "
-                "define it at the top level of a module, or make it async"
-            ) from reason
-        raise RewardFailure("reward_unsendable", f"the row cannot be sent to a worker process: {error}") from error
-    if len(payload) > MAX_REQUEST:
-        raise RewardFailure("reward_unsendable", f"a row of {len(payload)} bytes is too long to be sent to a worker process")
-    return payload
+        yield
+    except RewardFailure as failure:
+        score.done(failure.cause)
+        raise
+    except BaseException:  # cancelled, or no score can be had at all
+        score.cancelled()
+        raise
+    score.done()
 
 
 _SERVICES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RewardService] = weakref.WeakKeyDictionary()

@@ -3,13 +3,15 @@
 Kept light on purpose (no numpy, no torch): it starts in a blink and is killed without a thought when a score hangs.
 A frame is a little-endian uint32 length and what is in it: to the worker a pickle, from it an answer of plain numbers and text, so that
 what a scored program does to this process cannot reach the parent. The parent's first frame tells where modules are found; the worker
-answers READY, then once for every (function, args, kwargs). The byte before such a pickle asks for one answer more, LOADED, once the
-pickle is read: reading the first one imports the function's module, which may take longer than a score.
+answers READY, then once for every (function, args, kwargs). The byte before such a pickle says with ASKS_LOADED that an answer more,
+LOADED, is wanted once the pickle is read: reading the first one imports the function's module, which may take longer than a score; and
+with WANTS_JSON that the value is no score, but whatever JSON can say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -25,6 +27,8 @@ MAX_ANSWER = 1 << 16
 _ANSWER = struct.Struct("<Bdd")  # status, score, seconds; then text, UTF-8
 
 OK, RAISED, BAD_VALUE, LOADED, READY = 0, 1, 2, 3, 4
+ASKS_LOADED, WANTS_JSON = 1, 2
+MAX_JSON = 60_000
 
 
 class BadScore(ValueError):
@@ -48,12 +52,24 @@ def check_score(value: object) -> float:
     return score
 
 
+def as_json(value: object) -> str:
+    """What JSON does not know is there as its text.
+
+    Raises:
+        BadScore: longer than MAX_JSON bytes.
+    """
+    text = json.dumps(value, default=str)
+    if len(text) > MAX_JSON:
+        raise BadScore(f"a function's value must have at most {MAX_JSON} bytes as JSON, got {len(text)}")
+    return text
+
+
 def encode_frame(payload: bytes) -> bytes:
     return FRAME_HEADER.pack(len(payload)) + payload
 
 
 def encode_answer(status: int, value: float | str = 0.0, seconds: float = 0.0) -> bytes:
-    """A frame; ``value`` is the score, or what went wrong."""
+    """A frame; ``value`` is the score, a value as JSON, or what went wrong."""
     text = value.encode(errors="replace")[: MAX_ANSWER - _ANSWER.size] if isinstance(value, str) else b""
     return encode_frame(_ANSWER.pack(status, 0.0 if isinstance(value, str) else value, seconds) + text)
 
@@ -82,9 +98,10 @@ def describe_error(error: BaseException) -> str:
 def _score(connection: socket.socket, payload: bytes) -> tuple[int, float | str]:
     try:
         function, args, kwargs = pickle.loads(memoryview(payload)[1:])
-        if payload[0]:
+        if payload[0] & ASKS_LOADED:
             connection.sendall(encode_answer(LOADED))
-        return OK, check_score(function(*args, **kwargs))
+        value = function(*args, **kwargs)
+        return OK, as_json(value) if payload[0] & WANTS_JSON else check_score(value)
     except BadScore as error:
         return BAD_VALUE, str(error)
     except BaseException as error:  # boundary to the user's code: whatever it raises, sys.exit included, is one failed score
@@ -123,9 +140,7 @@ def main(fd: int) -> None:
     while (payload := _read_frame(stream)) is not None:
         begin = time.perf_counter()
         status, value = _score(connection, payload)
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # a full disk, or the function closed it: the score counts all the same
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, or closed: the score counts all the same
             sys.stdout.flush()
         try:
             connection.sendall(encode_answer(status, value, time.perf_counter() - begin))

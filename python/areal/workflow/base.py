@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from areal.config import ConfigError
 from areal.inference.client import ProtocolError, ServerDied
 from areal.reward import RewardServiceError
+from areal.reward.address import is_service
+from areal.reward.http import HTTPReward
 from areal.types import ModelRequest, ModelResponse, Trajectory
 
 FATAL = (ServerDied, ProtocolError, RewardServiceError)
@@ -43,12 +45,13 @@ class GenerationEngine(Protocol):
 class RolloutWorkflow(Protocol):
     """One episode: from a row of the data set to a scored sample. Many run at the same time on one object."""
 
-    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Mapping[str, Any] | None:
+    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Mapping[str, Any] | Sequence[Mapping[str, Any]] | None:
         """Generates with ``engine`` and scores.
 
         Returns:
             ``input_ids``, ``loss_mask``, ``logprobs``, ``versions`` of shape [L] or [1, L] and ``rewards`` of shape [] or [1], as torch
-            tensors, numpy arrays or lists (see ``to_trajectory``); None drops the episode, and its group with it.
+            tensors, numpy arrays or lists (see ``to_trajectory``); an episode of several sequences gives a list of such dicts, or one
+            whose values have a leading dimension of N, with an ``attention_mask``. None drops the episode, and its group with it.
         """
         ...
 
@@ -64,12 +67,50 @@ def import_object(key: str, path: str) -> Any:
         ) from error
 
 
+def to_trajectories(result: Any) -> list[Trajectory]:
+    """All sequences of an episode: of a dict, a dict whose values have a leading dimension of N, or a list of dicts.
+
+    Raises:
+        TrajectoryError: as ``to_trajectory``; an empty list.
+    """
+    if isinstance(result, Mapping):
+        ids = result.get("input_ids")
+        shape = np.shape(_array("input_ids", ids)) if ids is not None else ()
+        rows = _rows(result, shape[0]) if len(shape) == 2 and shape[0] > 1 else [result]
+    elif isinstance(result, Sequence) and not isinstance(result, str):
+        rows = list(result)
+    else:
+        rows = [result]
+    if not rows:
+        raise TrajectoryError("the workflow returned an empty list; return None to drop an episode")
+    return [to_trajectory(row) for row in rows]
+
+
+def _rows(result: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
+    """The N sequences of values with a leading dimension of N."""
+    arrays = {key: _array(key, result[key]) for key in (*_KEYS, "rewards", "attention_mask", "truncated") if result.get(key) is not None}
+    for key, array in arrays.items():
+        if array.ndim == 0 or len(array) != n:
+            raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}, its input_ids hold {n} sequences")
+    return [{key: array[i] for key, array in arrays.items()} for i in range(n)]
+
+
+def reward_callable(reward_fn: Callable[..., Any] | str, timeout: float | None = None) -> Callable[..., Any]:
+    """The function itself, that of an import path, or the client of the service at an address; ``timeout`` is that client's, in seconds."""
+    if not isinstance(reward_fn, str):
+        return reward_fn
+    if is_service(reward_fn):
+        return HTTPReward(reward_fn) if timeout is None else HTTPReward(reward_fn, timeout)
+    return import_object("reward_fn", reward_fn)  # type: ignore[no-any-return]
+
+
 def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
     """Checks what a workflow returned and brings it into the unpadded form.
 
     Args:
         result: per-token values are aligned with the token they describe (``logprobs[t]`` belongs to ``input_ids[t]``), versions are -1
-            on tokens that no policy sampled. An ``attention_mask`` [L] marks padding, which is cut off. Further keys are ignored.
+            on tokens that no policy sampled. An ``attention_mask`` [L] marks padding, which is cut off. ``truncated`` (an answer was cut
+            off by its length limit) and ``final_answer`` (a string, for majority votes) may be given. Further keys are ignored.
 
     Raises:
         TrajectoryError: a key is missing, shapes disagree, or a loss token has no version or no finite log-prob.
@@ -93,7 +134,7 @@ def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
     reward = np.asarray(_array("rewards", result["rewards"]), dtype=np.float64).reshape(-1)
     if reward.size != 1:
         raise TrajectoryError(
-            f"an episode has one reward, the workflow's 'rewards' has {reward.size} values; return one sample per episode"
+            f"a sequence has one reward, the workflow's 'rewards' has {reward.size} values; an episode of several returns a list of dicts"
         )
     if not np.isfinite(reward[0]):
         raise TrajectoryError(f"the workflow's reward is {reward[0]}; it must be finite")
@@ -103,9 +144,17 @@ def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:
         logprobs=logprobs.astype(np.float32),
         versions=versions.astype(np.int32),
         reward=float(reward[0]),
+        truncated=bool(np.any(_array("truncated", result.get("truncated", False)))),
+        final_answer=_final_answer(result.get("final_answer")),
     )
     _check_loss_tokens(trajectory)
     return trajectory
+
+
+def _final_answer(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TrajectoryError(f"the workflow's final_answer is a {type(value).__name__}; it must be a string, or None")
+    return value
 
 
 def _check_loss_tokens(trajectory: Trajectory) -> None:
@@ -140,5 +189,5 @@ def _flat(key: str, value: Any) -> NDArray[Any]:
     if array.ndim == 2 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 1:
-        raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}; it must be [L] or [1, L], one sample per episode")
+        raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}; it must be [L] or [1, L]")
     return array

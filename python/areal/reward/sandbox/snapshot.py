@@ -1,0 +1,171 @@
+"""The modules that tests rely on, as they were before the program ran, and put back before its tests run.
+
+A program may replace ``builtins.all``, ``math.isclose`` or the code of ``unittest.TestCase.assertEqual``; it earns nothing by that. What it
+adds to a module stays: honest programs do that.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+PREIMPORTED = (
+    "abc",
+    "argparse",
+    "array",
+    "ast",
+    "base64",
+    "bisect",
+    "builtins",
+    "calendar",
+    "cmath",
+    "collections",
+    "collections.abc",
+    "contextlib",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
+    "enum",
+    "fractions",
+    "functools",
+    "hashlib",
+    "heapq",
+    "inspect",
+    "io",
+    "itertools",
+    "json",
+    "math",
+    "numbers",
+    "operator",
+    "os",
+    "os.path",
+    "pickle",
+    "pprint",
+    "queue",
+    "random",
+    "re",
+    "secrets",
+    "statistics",
+    "string",
+    "struct",
+    "sys",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "time",
+    "traceback",
+    "types",
+    "typing",
+    "unittest",
+    "unittest.mock",
+    "uuid",
+    "warnings",
+    "weakref",
+    "zlib",
+)
+"""In the fork server's memory, so that programs import them for nothing."""
+
+_CHANGEABLE = 1 << 8 | 1 << 9  # type flags: immutable, on the heap
+_NOT_OURS_TO_SET = frozenset(("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"))
+_ALWAYS = ("builtins", "sys", "operator")
+_Function = types.FunctionType
+
+
+class _Module:
+    """One module as it was: its names, its classes and the code of its functions."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module = module
+        self.names = vars(module)
+        self.saved_names = dict(self.names)
+        self.classes: list[tuple[type, dict[str, Any]]] = []
+        self.functions: list[tuple[types.FunctionType, Any, Any, Any]] = []
+        for value in self.saved_names.values():
+            if isinstance(value, _Function) and value.__module__ == module.__name__:
+                self._add_function(value)
+            elif isinstance(value, type) and value.__module__ == module.__name__ and value.__flags__ & _CHANGEABLE == 1 << 9:
+                self.classes.append((value, dict(vars(value))))
+                for member in vars(value).values():
+                    function = getattr(member, "__func__", member)
+                    if isinstance(function, _Function):
+                        self._add_function(function)
+
+    def _add_function(self, function: types.FunctionType) -> None:
+        self.functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
+
+    def restore(self) -> None:
+        if type(self.module) is not types.ModuleType and self.saved_names.get("__name__") != "os":
+            self.module.__class__ = types.ModuleType
+        self.names.update(self.saved_names)
+        sys.modules[self.saved_names["__name__"]] = self.module
+        for function, code, defaults, keywords in self.functions:
+            if function.__code__ is not code:
+                function.__code__ = code
+            if function.__defaults__ is not defaults:
+                function.__defaults__ = defaults
+            if function.__kwdefaults__ is not keywords:
+                function.__kwdefaults__ = keywords
+        for kind, saved in self.classes:
+            _restore_class(kind, saved)
+
+
+def _restore_class(kind: type, saved: dict[str, Any]) -> None:
+    live = vars(kind)
+    for name in [name for name in live if name not in saved and name not in _NOT_OURS_TO_SET]:
+        type.__delattr__(kind, name)
+    for name, value in saved.items():
+        if name not in _NOT_OURS_TO_SET and live.get(name) is not value:
+            type.__setattr__(kind, name, value)
+
+
+class Snapshot:
+    """All of ``modules``; what is put back are those that a program's tests use, because touching an object costs a copy of its page."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules: dict[str, _Module] = {}
+        for name in modules:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        """A module and those inside it, as they are now.
+
+        Raises:
+            ImportError: it cannot be imported.
+        """
+        importlib.import_module(name)
+        for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+            if loaded not in self._modules and type(sys.modules[loaded]) is types.ModuleType:
+                self._modules[loaded] = _Module(sys.modules[loaded])
+
+    def has(self, name: str) -> bool:
+        return name in self._modules
+
+    def knows(self, kind: type) -> bool:
+        """Whether a class was one of these modules' before the program ran."""
+        module = self._modules.get(str(kind.__module__))
+        return module is not None and any(known is kind for known, _ in module.classes)
+
+    def restorer(self, used: Iterable[str]) -> Callable[[], None]:
+        """What puts back the modules ``used``, with those inside them, and the interpreter's own. It looks up no name that a program
+        could have changed before it has put back the builtins."""
+        roots = {*_ALWAYS, *used}
+        chosen = [module for name, module in self._modules.items() if name in roots or any(name.startswith(root + ".") for root in roots)]
+        settrace, setprofile, collector = sys.settrace, sys.setprofile, gc.callbacks
+        own, saved_builtins = vars(builtins), self._modules["builtins"].saved_names
+
+        def restore() -> None:
+            settrace(None)
+            setprofile(None)
+            own.update(saved_builtins)
+            collector.clear()
+            for module in chosen:
+                module.restore()
+
+        return restore
