@@ -17,8 +17,8 @@ from areal.inference.client import RolloutClient
 from areal.reward import AsyncRewardWrapper, RewardService
 from areal.runner import Runner
 from areal.staleness import StalenessManager
-from areal.types import ModelRequest
-from areal.workflow.rlvr import RLVRWorkflow, response_to_dict
+from areal.workflow.rlvr import RLVRWorkflow
+from areal.workflow.sequence import TokenSequence
 from tests.rollout_servers import Server, make_model
 
 MOST, B, ETA = 2, 4, 1
@@ -55,9 +55,12 @@ class TwoTurns:
         self.reward, self.gconfig = AsyncRewardWrapper(gate), gconfig
 
     async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Any:
-        first = await engine.agenerate(ModelRequest([4, 5, 6], self.gconfig))
+        sequence = TokenSequence([4, 5, 6])
+        first = await sequence.generate(engine, self.gconfig)
+        sequence.append_answer(first)
         score = await self.reward("", "", first.input_tokens, first.output_tokens)
-        return response_to_dict(await engine.agenerate(ModelRequest([4, 5, 7], self.gconfig)), score)
+        sequence.append_answer(await sequence.generate(engine, self.gconfig))
+        return sequence.to_dict(score)
 
 
 class Running:

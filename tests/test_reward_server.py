@@ -227,6 +227,7 @@ def test_a_module_that_ends_the_workers_costs_scores_and_not_the_server(tmp_path
         (["a/b=tests.rewards:obey"], "'a/b' cannot be a name in a URL"),
         (["math", "--workers", "0"], "--workers=0 is too small"),
         (["math", "--port", "99999"], "a port is at most 65535"),
+        (["math", "--isolation", "rlimit"], "--isolation rlimit is for code"),
         ([], "required: FUNCTION"),
     ],
 )

@@ -94,6 +94,9 @@ def _add_reward_server(commands: argparse._SubParsersAction[_Parser]) -> None:
     rewards.add_argument("--port", type=int, default=30100, help="0 takes a free one")
     rewards.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that score; default: a core each")
     rewards.add_argument("--timeout", type=float, default=15.0, metavar="S", help="seconds a score may run")
+    rewards.add_argument(
+        "--isolation", choices=["auto", "namespaces", "rlimit"], help="code: how programs are confined; as for areal score"
+    )
     rewards.add_argument("--max-queue", type=int, default=1024, metavar="N", help="scores that wait at most; more are sent away (429)")
 
 
@@ -282,8 +285,8 @@ def _reward_server(args: argparse.Namespace) -> int:
     _log_warnings()
     from areal.reward.serve_command import run_reward_server
 
-    limits = {"workers": args.workers, "timeout": args.timeout, "max_queue": args.max_queue}
-    return run_reward_server(args.functions, host=args.host, port=args.port, **limits)
+    options = {name: getattr(args, name) for name in ("host", "port", "workers", "timeout", "max_queue", "isolation")}
+    return run_reward_server(args.functions, **options)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import re
 import signal
 import socket
@@ -13,10 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from areal.config import ConfigError
+from areal.config import ConfigError, RewardConfig
 from areal.launcher.local import bound_socket
+from areal.reward.code import CodeReward
+from areal.reward.sandbox.levels import HINT, describe, namespaces_missing
+from areal.reward.sandbox.limits import Isolation
 from areal.reward.service import RewardService, is_async
 from areal.workflow.base import import_object
+from areal.workflow.user_code import check_sendable
 
 BUILT_IN = {"math": "areal.reward.math:math_reward", "code": "areal.reward.code:code_reward"}
 _END_SECONDS = 2.0
@@ -47,23 +50,33 @@ def _function(word: str, path: str) -> Callable[..., Any]:
     function = import_object(word, path)
     if not callable(function):
         raise ConfigError(f"'{word}' is no function but {type(function).__name__}", "name one that can be called")
-    if not is_async(function):
-        try:
-            pickle.dumps(function)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"'{word}' cannot be sent to a worker process ({error})", "define it at the top level of its module, or make it async"
-            ) from None
+    check_sendable(f"'{word}'", function)
     return function  # type: ignore[no-any-return]
 
 
-def run_reward_server(words: Sequence[str], *, host: str, port: int, workers: int, timeout: float, max_queue: int) -> int:
+def confined(functions: dict[str, Callable[..., Any]], timeout: float, isolation: Isolation | None) -> dict[str, Callable[..., Any]]:
+    """Those that run programs with the server's isolation, and with less time than a score has."""
+    if isolation is not None and not any(isinstance(function, CodeReward) for function in functions.values()):
+        raise ConfigError(f"--isolation {isolation} is for code", "leave it out")
+    if isolation == "namespaces" and (reason := namespaces_missing()):
+        raise ConfigError(f"--isolation namespaces: this machine does not have that level ({reason})", f"{HINT}, or use --isolation auto")
+    server = RewardConfig(timeout=timeout, isolation=isolation or "auto")
+    return {name: function.within(server) if isinstance(function, CodeReward) else function for name, function in functions.items()}
+
+
+def run_reward_server(
+    words: Sequence[str], *, host: str, port: int, workers: int, timeout: float, max_queue: int, isolation: Isolation | None = None
+) -> int:
     """Until a signal comes (0), or no worker can be had (1). Prints the address to stdout once it answers."""
     for option, value, least in (("--workers", workers, 1), ("--max-queue", max_queue, 1), ("--timeout", timeout, 0.001)):
         if value < least:
             raise ConfigError(f"{option}={value} is too small", f"give {least} or more")
-    functions = named_functions(words)
-    return asyncio.run(_serve(functions, bound_socket(host, port), host, workers, timeout, max_queue))
+    functions = confined(named_functions(words), timeout, isolation)
+    bound = bound_socket(host, port)
+    for function in functions.values():
+        if isinstance(function, CodeReward):
+            print(f"programs are run at the isolation level {describe(function.isolation)}", file=sys.stderr)
+    return asyncio.run(_serve(functions, bound, host, workers, timeout, max_queue))
 
 
 async def _serve(
