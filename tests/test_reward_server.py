@@ -20,6 +20,7 @@ from areal.reward import AsyncRewardWrapper, RewardFailure, RewardService
 from areal.reward.http import HTTPReward
 from areal.reward.server import BadRow, read_row
 from tests.reward_servers import ROOT, RewardServerProcess, all_gone
+from tests.runs import TrainRun
 
 OBEY = "tests.rewards:obey"
 
@@ -247,3 +248,19 @@ def test_a_port_in_use_is_told_before_a_worker_starts(server: RewardServerProces
 
     assert main(["reward-server", "math", "--port", str(server.port)]) == 1
     assert f"cannot listen on 127.0.0.1:{server.port}" in capfd.readouterr().err
+
+
+def test_a_training_run_with_its_scores_from_a_service(tmp_path: Any) -> None:
+    service = RewardServerProcess("areal.tasks.arithmetic:arithmetic_reward", "--workers", "1").ready()
+    try:
+        run = TrainRun(tmp_path, f"reward_fn={service.url}/score", "total_train_steps=3", "evaluator.n_prompts=0")
+        assert run.summary()["train_steps"] == 3
+        stats = service.get("/stats")["functions"]["arithmetic_reward"]
+    finally:
+        code, _, err = service.end()
+    assert code == 0, err
+    assert stats["scores"] >= 3 * 4 * 2 and stats["failures"] == {}
+    rows = run.metrics()
+    assert all(row["reward_failures"] == {} and row["reward_queue_max"] >= 0 for row in rows)
+    scored = [row for row in rows if row["reward_seconds_mean"] is not None]  # a step may take what was there already
+    assert scored and all(r["reward_seconds_max"] >= r["reward_seconds_mean"] >= r["reward_scoring_seconds_mean"] > 0 for r in scored)
