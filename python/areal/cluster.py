@@ -83,7 +83,7 @@ class Cluster:
         if config.workflow:
             build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
-            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
+            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
         )
         await self._tell_isolation()
         self.client = RolloutClient(config.rollout, update_mode=config.update_mode, interrupt_timeout=config.weight_sync.timeout)

@@ -311,6 +311,8 @@ class RewardConfig(Section):
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
     """Seconds per score; a longer one drops the group and is counted."""
+    max_concurrent: int = Field(256, ge=1)
+    """Async scores, those of an HTTP service included, that run at once; further ones wait."""
     isolation: Literal["auto", "namespaces", "rlimit"] = "auto"
     """How programs are confined that areal.reward.code scores; auto takes the strongest that the machine has, a named one is demanded."""
 
@@ -329,7 +331,8 @@ class GRPOConfig(Section):
     total_train_steps: int = Field(100, ge=1)
     """Train steps of reinforcement learning."""
     reward_fn: str = ""
-    """Import path of the reward function, package.module:name; empty = that of the data set."""
+    """Import path of the reward function, package.module:name, or the address of a service, http://host:port/score; empty = that of the
+    data set."""
     workflow: str = ""
     """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
     workflow_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfi
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
+from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
 
@@ -43,17 +44,28 @@ def check_config(config: GRPOConfig) -> None:
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
+    _check_names(config)
+    for key, device in _devices(config).items():
+        _check_device_name(key, device)
+
+
+def _check_names(config: GRPOConfig) -> None:
+    """Import paths are import paths; a reward function may be the address of a service, a filter the one that has a name."""
     chosen = config.rollout.dynamic_filter
     named = {"reward_fn": config.reward_fn, "workflow": config.workflow, "rollout.dynamic_filter": "" if chosen == "mixed" else chosen}
+    if is_service(named["reward_fn"]):
+        try:
+            service_address(named.pop("reward_fn"))
+        except ValueError as error:
+            raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
     for key, path in named.items():
         if path and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
-            raise ConfigError(f"{key}='{path}' is not an import path", "write package.module:name")
+            or_else = ", or http://host:port/score" if key == "reward_fn" else ""
+            raise ConfigError(f"{key}='{path}' is not an import path", f"write package.module:name{or_else}")
     if config.gconfig.n_samples == 1 and chosen == "mixed":
         raise ConfigError(
             "rollout.dynamic_filter=mixed compares the samples of a group, and gconfig.n_samples=1", "set gconfig.n_samples=8"
         )
-    for key, device in _devices(config).items():
-        _check_device_name(key, device)
 
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
@@ -269,6 +281,11 @@ def _check_reward(config: GRPOConfig) -> None:
     from areal.reward.sandbox.levels import HINT, namespaces_missing
     from areal.workflow.build import reward_function
 
+    if is_service(config.reward_fn) and (why := why_unreachable(config.reward_fn)):
+        raise ConfigError(
+            f"reward_fn='{config.reward_fn}': nothing can be reached there ({why})",
+            "start that service first, e.g. with `areal reward-server`, or look at the address",
+        )
     function, reward = reward_function(config), config.reward
     code = function if isinstance(function, CodeReward) else CodeReward().within(reward)
     if code.isolation == "namespaces" and (reason := namespaces_missing()):

@@ -63,7 +63,8 @@ class RolloutConfig(Section):
     urls: list[str] = Field(default_factory=list)
     """Addresses (http://host:port) of the servers of backend where they run already, N of them; empty = they are started here."""
     max_concurrent_rollouts: int = Field(64, ge=1)
-    """Groups in flight at most."""
+    """Groups that generate at once. Those that only wait for their scores come on top, as max_head_offpolicyness allows; not with a
+    workflow that generates again after a score."""
     max_head_offpolicyness: int = Field(2, ge=0)
     """eta: a token may be trained on at most this many versions after it was sampled; 0 is synchronous."""
     over_age_tokens: Literal["wait", "mask"] = "wait"

@@ -222,7 +222,7 @@ class PPOTrainer:
         cluster = self._cluster
         self.totals.add_step(row)
         row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.dropped}
-        row |= {"filtered": self.group_filter.n_filtered, "filter_passed": self.group_filter.n_passed}
+        row |= {"filtered": self.group_filter.n_filtered, "filter_passed": self.group_filter.n_passed} | cluster.rewards.counters.read()
         row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row()
         cluster.log_step(row, clock)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
+from areal.reward.address import is_service
+from areal.reward.http import HTTPReward
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -101,7 +103,9 @@ def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
-    """The function of ``reward_fn``, or the one that fits the data set; one for code has the run's isolation."""
+    """The function or service of ``reward_fn``, or the function that fits the data set; one for code has the run's isolation."""
+    if is_service(config.reward_fn):
+        return HTTPReward(config.reward_fn, config.reward.timeout, config.reward.max_concurrent)
     if config.reward_fn:
         from areal.reward.code import CodeReward
 

@@ -9,7 +9,7 @@ from areal.chat import ChatTemplateError
 from areal.config import ConfigError, GenerationConfig
 from areal.reward import AsyncRewardWrapper
 from areal.types import ModelResponse
-from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
+from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object, reward_callable
 from areal.workflow.prompt import Prompt, PromptEncoder, Reply
 from areal.workflow.sequence import TokenSequence
 from areal.workflow.user_code import CallFailed, call, check_sendable
@@ -63,9 +63,7 @@ class MultiTurnWorkflow:
             check_sendable("the feedback function of MultiTurnWorkflow", self._feedback)
         else:
             self._check_feedback(self._feedback)
-        self._reward = AsyncRewardWrapper(
-            import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn, reward_timeout
-        )
+        self._reward = AsyncRewardWrapper(reward_callable(reward_fn, reward_timeout), reward_timeout)
 
     def _check_feedback(self, feedback: Reply) -> None:
         tokenizer = self._prompts.tokenizer

@@ -10,7 +10,7 @@ from areal.chat import ChatTemplateError
 from areal.config import ConfigError, GenerationConfig
 from areal.reward import AsyncRewardWrapper
 from areal.reward.sandbox.limits import Isolation
-from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
+from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object, reward_callable
 from areal.workflow.prompt import Prompt, PromptEncoder
 from areal.workflow.sequence import TokenSequence, shorter, tokens_to_stop
 from areal.workflow.tools import FORMATS, Tool, ToolCall, ToolFormat
@@ -68,9 +68,7 @@ class ToolWorkflow:
         self._prompts = PromptEncoder(tokenizer, max_prompt_len, enable_thinking=enable_thinking, tools=schemas)
         self._check_tokenizer()
         self._special = frozenset(self._prompts.tokenizer.all_special_ids)
-        self._reward = AsyncRewardWrapper(
-            import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn, reward_timeout
-        )
+        self._reward = AsyncRewardWrapper(reward_callable(reward_fn, reward_timeout), reward_timeout)
 
     def _check_tokenizer(self) -> None:
         """Whether calls can be read, and with a format of the template whether that tells the model of the tools and of results."""
