@@ -2,7 +2,8 @@
 
 Invariants: every admitted group is handed to the buffer exactly once, as ``put`` or as ``reject``, and its slot returns in the same
 moment; a group is put only when all its samples were scored; a dropped group is counted once, by the cause of the sample that failed
-first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner leaves no task and no unfinished group behind.
+first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner
+leaves no task and no unfinished group behind.
 """
 
 from __future__ import annotations
