@@ -129,6 +129,15 @@ def test_unittest_has_to_run_something() -> None:
     assert passes("x = 1", runner) and not passes("x = 2", runner)
 
 
+def test_tests_that_nobody_calls_are_called() -> None:
+    """As pytest would; else any program would pass."""
+    cases = "from unittest import TestCase\nclass TestX(TestCase):\n    def test(self):\n        self.assertEqual(x, 1)"
+    functions = "def test_one():\n    assert x == 1\n\ndef helper():\n    raise KeyError\n\ndef test_fixture(tmp_path):\n    raise KeyError"
+    called = "def test_it(n):\n    assert x == n\n\ndef test_all():\n    test_it(1)\n\nif __name__ == '__main__':\n    test_all()"
+    for tests in (cases, functions, called):
+        assert passes("x = 1", tests) and not passes("x = 2", tests), tests
+
+
 def test_the_same_program_has_the_same_score() -> None:
     program = "import random\nx = random.random(), list({'a', 'b', 'c', 'd', 'e'}), hash('x')"
     first = SCORE.run(program + "\nprint(x, flush=True)\n1/0", "pass").detail.splitlines()[0]

@@ -1,4 +1,4 @@
-"""The command line: ``areal train | serve | eval | score | doctor | report``.
+"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_train(commands)
     _add_serve(commands)
+    _add_reward_server(commands)
     _add_eval(commands)
     _add_score(commands)
     _add_doctor_and_report(commands)
@@ -79,6 +80,24 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="running sequences at a weight update, as rollout.update_mode of the run that will use it",
     )
     serve.add_argument("--deterministic", action="store_true", help="embedded: answers do not depend on what else is running")
+
+
+def _add_reward_server(commands: argparse._SubParsersAction[_Parser]) -> None:
+    rewards = commands.add_parser(
+        "reward-server",
+        usage="areal reward-server FUNCTION ... [options]",
+        help="score answers over HTTP, for several runs",
+        description="Score answers over HTTP in the foreground; runs use it by reward_fn: http://HOST:PORT/score/NAME. Prints the address.",
+    )
+    rewards.add_argument("functions", metavar="FUNCTION", nargs="+", help="math, code, or [NAME=]package.module:function")
+    rewards.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    rewards.add_argument("--port", type=int, default=30100, help="0 takes a free one")
+    rewards.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that score; default: a core each")
+    rewards.add_argument("--timeout", type=float, default=15.0, metavar="S", help="seconds a score may run")
+    rewards.add_argument(
+        "--isolation", choices=["auto", "namespaces", "rlimit"], help="code: how programs are confined; as for areal score"
+    )
+    rewards.add_argument("--max-queue", type=int, default=1024, metavar="N", help="scores that wait at most; more are sent away (429)")
 
 
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -262,6 +281,15 @@ def _serve_sglang(args: argparse.Namespace) -> int:
     )
 
 
+def _reward_server(args: argparse.Namespace) -> int:
+    _import_from_here()
+    _log_warnings()
+    from areal.reward.serve_command import run_reward_server
+
+    options = {name: getattr(args, name) for name in ("host", "port", "workers", "timeout", "max_queue", "isolation")}
+    return run_reward_server(args.functions, **options)
+
+
 def _eval(args: argparse.Namespace) -> int:
     import dataclasses
     import json
@@ -315,7 +343,9 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"train": _train, "serve": _serve, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report}
+_COMMANDS = {
+    "train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
+}  # fmt: skip
 
 
 def _report_failure(error: Exception) -> int:

@@ -30,7 +30,7 @@ from areal.weight_sync.shm import unlink_stale
 from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
-from areal.workflow.build import reward_function
+from areal.workflow.build import build_workflow, reward_function
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,10 @@ class Cluster:
         if not self._with_rollout:
             await self._start_trainer()
             return
+        if config.workflow:
+            build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
-            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs")
+            RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
         )
         await self._tell_isolation()
         self.client = RolloutClient(config.rollout, update_mode=config.update_mode, interrupt_timeout=config.weight_sync.timeout)

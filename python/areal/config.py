@@ -155,6 +155,14 @@ class ActorConfig(Section):
     """r -> (r + reward_bias) * reward_scaling."""
     reward_bias: float = 0.0
     """Added to every reward before it is scaled."""
+    overlong_reward_penalty: bool = False
+    """DAPO: a longer answer than gconfig.max_new_tokens - overlong_tokens earns less, linearly down to overlong_penalty_factor less."""
+    overlong_tokens: int = Field(0, ge=0)
+    """The last tokens of gconfig.max_new_tokens, in which the penalty grows."""
+    overlong_penalty_factor: float = Field(1.0, gt=0)
+    """What an answer of gconfig.max_new_tokens earns less."""
+    mask_truncated: bool = False
+    """Do not train on sequences whose answer was cut off by its length (overlong filtering of DAPO); they count in reward_norm."""
     reward_norm: NormConfig | None = Field(default_factory=NormConfig)
     """Normalisation of rewards into advantages; null = none."""
     adv_norm: NormConfig | None = None
@@ -303,6 +311,8 @@ class RewardConfig(Section):
     """Processes that score answers."""
     timeout: float = Field(15.0, gt=0)
     """Seconds per score; a longer one drops the group and is counted."""
+    max_concurrent: int = Field(256, ge=1)
+    """Async scores, those of an HTTP service included, that run at once; further ones wait."""
     isolation: Literal["auto", "namespaces", "rlimit"] = "auto"
     """How programs are confined that areal.reward.code scores; auto takes the strongest that the machine has, a named one is demanded."""
 
@@ -321,12 +331,13 @@ class GRPOConfig(Section):
     total_train_steps: int = Field(100, ge=1)
     """Train steps of reinforcement learning."""
     reward_fn: str = ""
-    """Import path of the reward function, package.module:name; empty = that of the data set."""
+    """Import path of the reward function, package.module:name, or the address of a service, http://host:port/score; empty = that of the
+    data set."""
     workflow: str = ""
     """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
     workflow_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len and max_context are those of the run where it takes
-    them and they are not given."""
+    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len, max_context and isolation are those of the run where
+    it takes them and they are not given."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

@@ -15,6 +15,7 @@ from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfi
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
+from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
 
@@ -39,14 +40,32 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     _check_loss(config)
+    _check_overlong(config)
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    for key in ("reward_fn", "workflow"):
-        if (path := getattr(config, key)) and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
-            raise ConfigError(f"{key}='{path}' is not an import path", "write package.module:name")
+    _check_names(config)
     for key, device in _devices(config).items():
         _check_device_name(key, device)
+
+
+def _check_names(config: GRPOConfig) -> None:
+    """Import paths are import paths; a reward function may be the address of a service, a filter the one that has a name."""
+    chosen = config.rollout.dynamic_filter
+    named = {"reward_fn": config.reward_fn, "workflow": config.workflow, "rollout.dynamic_filter": "" if chosen == "mixed" else chosen}
+    if is_service(named["reward_fn"]):
+        try:
+            service_address(named.pop("reward_fn"))
+        except ValueError as error:
+            raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
+    for key, path in named.items():
+        if path and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+            or_else = ", or http://host:port/score" if key == "reward_fn" else ""
+            raise ConfigError(f"{key}='{path}' is not an import path", f"write package.module:name{or_else}")
+    if config.gconfig.n_samples == 1 and chosen == "mixed":
+        raise ConfigError(
+            "rollout.dynamic_filter=mixed compares the samples of a group, and gconfig.n_samples=1", "set gconfig.n_samples=8"
+        )
 
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
@@ -117,24 +136,6 @@ def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
 def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     """Tokens of the longest prompt and the longest answer together."""
     return dataset.max_prompt_len + gconfig.max_new_tokens
-
-
-def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int | None:
-    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; None = not known."""
-    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
-    if not evaluation:
-        limits.append(config.actor.mb_spec.max_tokens_per_mb)
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
-def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
-    if config.actor.init_from_scratch is not None:
-        return config.actor.init_from_scratch
-    try:
-        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def _check_lengths(config: GRPOConfig) -> None:
@@ -208,6 +209,22 @@ def _check_loss(config: GRPOConfig) -> None:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
+def _check_overlong(config: GRPOConfig) -> None:
+    actor, longest = config.actor, config.gconfig.max_new_tokens
+    if not actor.overlong_reward_penalty:
+        if actor.overlong_tokens:
+            raise ConfigError(
+                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
+            )
+        return
+    if not 0 < actor.overlong_tokens <= longest:
+        raise ConfigError(
+            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
+            f"and actor.overlong_tokens={actor.overlong_tokens}",
+            f"set actor.overlong_tokens={max(1, longest // 5)}",
+        )
+
+
 def _check_times(config: GRPOConfig) -> None:
     rollout = config.rollout
     if rollout.batch_timeout < rollout.episode_timeout:
@@ -239,10 +256,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     if trains:
         _check_transport(config)
     _check_reward(config)
-    if config.workflow:
-        from areal.workflow.build import config_workflow
-
-        config_workflow(config)
+    _check_named(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
@@ -252,12 +266,26 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
             )
 
 
+def _check_named(config: GRPOConfig) -> None:
+    """What the keys of workflow and filter name can be imported."""
+    from areal.group_filter import build_filter
+    from areal.workflow.build import config_workflow
+
+    config_workflow(config)
+    build_filter(config.rollout)
+
+
 def _check_reward(config: GRPOConfig) -> None:
     """The reward function can be imported; one for code is confined as demanded, and its programs end before their scores are overdue."""
     from areal.reward.code import CodeReward
     from areal.reward.sandbox.levels import HINT, namespaces_missing
     from areal.workflow.build import reward_function
 
+    if is_service(config.reward_fn) and (why := why_unreachable(config.reward_fn)):
+        raise ConfigError(
+            f"reward_fn='{config.reward_fn}': nothing can be reached there ({why})",
+            "start that service first, e.g. with `areal reward-server`, or look at the address",
+        )
     function, reward = reward_function(config), config.reward
     code = function if isinstance(function, CodeReward) else CodeReward().within(reward)
     if code.isolation == "namespaces" and (reason := namespaces_missing()):

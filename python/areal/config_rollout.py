@@ -63,7 +63,8 @@ class RolloutConfig(Section):
     urls: list[str] = Field(default_factory=list)
     """Addresses (http://host:port) of the servers of backend where they run already, N of them; empty = they are started here."""
     max_concurrent_rollouts: int = Field(64, ge=1)
-    """Groups in flight at most."""
+    """Groups that generate at once. Those that only wait for their scores come on top, as max_head_offpolicyness allows; not with a
+    workflow that generates again after a score."""
     max_head_offpolicyness: int = Field(2, ge=0)
     """eta: a token may be trained on at most this many versions after it was sampled; 0 is synchronous."""
     over_age_tokens: Literal["wait", "mask"] = "wait"
@@ -72,6 +73,11 @@ class RolloutConfig(Section):
     """Seconds without any finished group after which the trainer gives up waiting for a batch."""
     consumer_batch_size: int = Field(32, ge=1)
     """Groups per train step."""
+    dynamic_filter: str = ""
+    """Which finished groups are trained on: empty = all, mixed = those whose episodes differ in reward (DAPO), or the import path
+    package.module:name of fn(group) -> bool, true for a group to keep."""
+    dynamic_filter_max_waste: float = Field(4.0, gt=0)
+    """Groups that the filter may leave out for each one trained on, over about a batch; beyond that groups pass, counted."""
     max_running_requests: int = Field(64, ge=1)
     """Sequences one server decodes at once."""
     max_context: int = Field(0, ge=0)

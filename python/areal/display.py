@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from areal.config import GRPOConfig, drift_bound
-from areal.display_panel import RunPanel, RunState, clock, count, is_number, number, share, tiny
+from areal.display_panel import RunPanel, RunState, clock, count, filter_text, is_number, number, share, tiny
 
 if TYPE_CHECKING:
     from areal.evaluation import Evaluation
@@ -145,6 +145,8 @@ def step_line(row: Mapping[str, Any], state: RunState) -> str:
     ]
     if dropped:
         parts.append(f"dropped {dropped}")
+    if row.get("filtered") or row.get("filter_passed"):
+        parts.append(filter_text(row))
     if row.get("skipped_nonfinite"):
         parts.append(f"non-finite {row['skipped_nonfinite']}")
     return "  ".join(parts)
@@ -203,6 +205,8 @@ def _totals_line(totals: Mapping[str, Any]) -> str:
     parts.append(f"oldest token {totals.get('max_staleness_trained')} versions")
     dropped = {k: v for k, v in (totals.get("dropped") or {}).items() if v}
     parts.append("dropped " + (", ".join(f"{v} {k.replace('_', ' ')}" for k, v in dropped.items()) if dropped else "nothing"))
+    if totals.get("filtered") or totals.get("filter_passed"):
+        parts.append(filter_text(totals))
     return "; ".join(parts)
 
 

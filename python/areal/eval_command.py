@@ -39,7 +39,7 @@ async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]
     workflow = build_workflow(config, tokenizer, evaluation=True)
     async with AsyncExitStack() as resources:
         logs = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="areal_eval_")))
-        rewards = RewardService(config.reward.workers, config.reward.timeout, logs)
+        rewards = RewardService(config.reward.workers, config.reward.timeout, logs, config.reward.max_concurrent)
         await resources.enter_async_context(rewards)
         client = RolloutClient(config.rollout.new(max_restarts=0))  # nobody replaces a server here
         resources.push_async_callback(client.close)

@@ -2,7 +2,7 @@
 
 Invariants: every admitted group is handed to the buffer exactly once, as ``put`` or as ``reject``, and its slot returns in the same
 moment; a group is put only when all its samples were scored; a dropped group is counted once, by the cause of the sample that failed
-first. A cancelled runner leaves no task and no unfinished group behind.
+first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner leaves no task and no unfinished group behind.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from areal.config import GRPOConfig
+from areal.generation_slots import EpisodeSlot, GenerationSlots, GroupSlot
+from areal.group_filter import GroupFilter
 from areal.inference.client import RequestRejected, RolloutClient, Route
 from areal.reward import RewardFailure
+from areal.reward.service import score_watch
 from areal.types import Group, ModelRequest, ModelResponse, Trajectory
 from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectories
 
@@ -35,6 +38,7 @@ class Admission(Protocol):
     def admit(self) -> None: ...
     def finish_accepted(self) -> None: ...
     def finish_rejected(self) -> None: ...
+    def wait_for_scores(self, n: int) -> None: ...
 
 
 class GroupSink(Protocol):
@@ -65,19 +69,26 @@ class DropCounter:
 class EpisodeEngine:
     """What one episode generates with: every call has its own seed, all samples of a prompt share a server."""
 
-    __slots__ = ("_calls", "_client", "_key", "_route")
+    __slots__ = ("_calls", "_client", "_key", "_route", "_slot")
 
-    def __init__(self, client: RolloutClient, key: str, route: Route | None = None) -> None:
+    def __init__(self, client: RolloutClient, key: str, route: Route | None = None, slot: EpisodeSlot | None = None) -> None:
         self._client = client
         self._key = key
         self._route = route
+        self._slot = slot
         self._calls = 0
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """As ``RolloutClient.agenerate``; the n-th call of an episode always has the same random numbers."""
         seed = derive_seed(self._key, self._calls)
         self._calls += 1
-        return await self._client.agenerate(request, sampling_seed=seed, route=self._route)
+        if self._slot is None:
+            return await self._client.agenerate(request, sampling_seed=seed, route=self._route)
+        self._slot.generation_began()
+        try:
+            return await self._client.agenerate(request, sampling_seed=seed, route=self._route)
+        finally:
+            self._slot.generation_ended()
 
     def get_version(self) -> int:
         return self._client.get_version()
@@ -95,15 +106,24 @@ def episode_key(seed: int, data: dict[str, Any], sample: int) -> str:
 
 
 async def run_episode(
-    client: RolloutClient, workflow: RolloutWorkflow, data: dict[str, Any], *, seed: int, sample: int = 0, route: Route | None = None
+    client: RolloutClient,
+    workflow: RolloutWorkflow,
+    data: dict[str, Any],
+    *,
+    seed: int,
+    sample: int = 0,
+    route: Route | None = None,
+    slot: EpisodeSlot | None = None,
 ) -> list[Trajectory]:
-    """One episode of a row, as checked trajectories: one, unless it has several sequences.
+    """One episode of a row, as checked trajectories: one, unless it has several sequences. With a ``slot`` it has a task of its own.
 
     Raises:
         EpisodeDropped: it gave no sample; ``cause`` says why. Errors that are nobody's single episode (no server, no reward workers)
             come through as they are.
     """
-    engine = EpisodeEngine(client, episode_key(seed, data, sample), route)
+    engine = EpisodeEngine(client, episode_key(seed, data, sample), route, slot)
+    if slot is not None:
+        score_watch.set(slot)
     try:
         result = await workflow.arun_episode(engine, dict(data))
         if result is None:
@@ -128,6 +148,9 @@ async def run_episode(
     except Exception as error:  # boundary to the user's workflow: whatever it raises costs one group, counted
         log.debug("a workflow raised", exc_info=True)
         raise EpisodeDropped("workflow_raised", f"{type(error).__name__}: {error}") from error
+    finally:
+        if slot is not None:
+            slot.end()
 
 
 class Runner:
@@ -138,6 +161,7 @@ class Runner:
         dataset: an iterator of rows, or a sequence (then its rows in shuffled epochs, without end).
         staleness, buffer: admission and destination; the version of both is ``client.acked_version``.
         drops: counts what is lost.
+        group_filter: which finished groups the buffer gets.
     """
 
     def __init__(
@@ -149,9 +173,11 @@ class Runner:
         staleness: Admission,
         buffer: GroupSink,
         drops: DropCounter | None = None,
+        group_filter: GroupFilter | None = None,
     ) -> None:
         self.config = config
         self.drops = drops if drops is not None else DropCounter()
+        self._filter = group_filter or GroupFilter()
         self._client = client
         self._workflow = workflow
         self._rows = _iterator(dataset, config.seed)
@@ -160,6 +186,7 @@ class Runner:
         self._next_group = 0
         self._unfinished: set[int] = set()
         self._wake = asyncio.Event()
+        self.slots = GenerationSlots(staleness, self._wake.set)
         self._dropped_in_a_row = 0
         self._last_drop = ""
 
@@ -224,7 +251,8 @@ class Runner:
         else:
             self._dropped_in_a_row = 0
             sizes = [len(episode) for episode in episodes] if any(len(episode) > 1 for episode in episodes) else None
-            self._finish(group_id, Group(group_id, row, [t for episode in episodes for t in episode], sizes))
+            group = Group(group_id, row, [t for episode in episodes for t in episode], sizes)
+            self._finish(group_id, group if self._filter.wants(group) else None)
 
     def _finish(self, group_id: int, group: Group | None) -> None:
         self._unfinished.remove(group_id)
@@ -238,11 +266,15 @@ class Runner:
     async def _episodes(self, row: dict[str, Any]) -> list[list[Trajectory]]:
         """All samples of a prompt, or EpisodeDropped with the cause of the first that failed."""
         seed, route, limit = self.config.seed, Route(), asyncio.timeout(self.config.rollout.episode_timeout)
+        n_samples = self.config.gconfig.n_samples
+        group = GroupSlot(self.slots, n_samples)
         try:
             async with limit, asyncio.TaskGroup() as samples:
                 tasks = [
-                    samples.create_task(run_episode(self._client, self._workflow, row, seed=seed, sample=sample, route=route))
-                    for sample in range(self.config.gconfig.n_samples)
+                    samples.create_task(
+                        run_episode(self._client, self._workflow, row, seed=seed, sample=sample, route=route, slot=EpisodeSlot(group))
+                    )
+                    for sample in range(n_samples)
                 ]
         except TimeoutError:
             seconds = self.config.rollout.episode_timeout
@@ -252,6 +284,8 @@ class Runner:
             if others is not None:
                 raise others from None
             raise errors.exceptions[0] from None
+        finally:
+            group.end()
         episodes, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
         for episode in episodes:
             if (length := max(map(len, episode))) > longest:

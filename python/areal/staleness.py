@@ -18,6 +18,7 @@ class StalenessManager:
         self.max_concurrent = max_concurrent
         self.total_batches = total_batches
         self.n_running = 0
+        self.n_waiting = 0
         self.n_accepted = 0
 
     def capacity(self, version: int) -> int:
@@ -26,7 +27,11 @@ class StalenessManager:
         if self.total_batches is not None:
             batches = min(batches, self.total_batches)
         ahead = batches * self.batch_size - (self.n_running + self.n_accepted)
-        return max(0, min(ahead, self.max_concurrent - self.n_running))
+        return max(0, min(ahead, self.max_concurrent - (self.n_running - self.n_waiting)))
+
+    def wait_for_scores(self, n: int) -> None:
+        """``n`` more running groups only wait for their scores (fewer, if negative): they need no room among those that generate."""
+        self.n_waiting += n
 
     def admit(self) -> None:
         self.n_running += 1

@@ -1,9 +1,10 @@
-"""JSON over HTTP to one rollout server: aiohttp for the connections, orjson for the bodies."""
+"""JSON over HTTP to one server: aiohttp for the connections, orjson for the bodies."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+import re
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,20 +22,21 @@ class WireError(ConnectionError):
 
 
 class HTTPStatusError(RuntimeError):
-    """An answer that is not 2xx."""
+    """An answer that is not 2xx; ``retry_after`` is that header in seconds, where the answer has it so."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, retry_after: str = "") -> None:
         super().__init__(f"HTTP {status}: {text}")
         self.status = status
         self.text = text
+        self.retry_after = float(retry_after) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", retry_after) else None
 
 
 class Wire:
     """All connections to one server. ``url`` is ``http://host:port``."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, schemes: Collection[str] = ("http",)) -> None:
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
+        if parts.scheme not in schemes or not parts.hostname:
             raise ValueError(f"a rollout server's address looks like http://host:port, not {url!r}")
         self.url = url
         self._base = url.rstrip("/")
@@ -107,7 +109,7 @@ class Wire:
         try:
             async with self._session.request(method, self._base + path, data=payload) as response:
                 if not 200 <= response.status < 300:
-                    raise HTTPStatusError(response.status, _sentence(await response.read()))
+                    raise HTTPStatusError(response.status, _sentence(await response.read()), response.headers.get("Retry-After", ""))
                 return await read(response)
         except WireError:
             raise

@@ -34,6 +34,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class AddressError(OSError):
+    """An address that nobody can listen on, in one sentence."""
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket to listen on; made before anything heavy is, so that a port in use is told at once (``AddressError``)."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take the lower 16 bits
+        raise AddressError(f"cannot listen on {host}:{port} (a port is at most 65535); give another --port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise AddressError(f"cannot listen on {host}:{port} ({error.strerror}); give another --host or --port") from error
+    return bound
+
+
 def die_with_parent() -> None:
     """To be called first thing in a child: it is killed when its parent dies, even by kill -9.
 
@@ -137,6 +155,10 @@ class ChildProcess:
         """Kills the whole process group at once and reaps the child."""
         self._signal(signal.SIGKILL)
         self._process.wait(timeout=10)
+
+    def kill_soon(self) -> None:
+        """As ``kill``, without waiting: ``poll`` reaps the child."""
+        self._signal(signal.SIGKILL)
 
     def terminate(self, grace: float = 5.0) -> None:
         """Asks the process group to end, and kills what is left after ``grace`` seconds."""

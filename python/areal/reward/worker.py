@@ -1,14 +1,16 @@
 """A process that scores answers: frames in, frames out, one score at a time.
 
 Kept light on purpose (no numpy, no torch): it starts in a blink and is killed without a thought when a score hangs.
-A frame is a little-endian uint32 length and a pickle. The parent's first frame tells where modules are found; the worker
-answers with one frame when it is ready, then with one frame (status, value, seconds) for every (function, args, kwargs). The byte
-before such a pickle says with ASKS_LOADED that a frame more, LOADED, is wanted once the pickle is read: reading the first one imports
-the function's module, which may take longer than a score; and with WANTS_JSON that the value is no score, but whatever JSON can say.
+A frame is a little-endian uint32 length and what is in it: to the worker a pickle, from it an answer of plain numbers and text, so that
+what a scored program does to this process cannot reach the parent. The parent's first frame tells where modules are found; the worker
+answers READY, then once for every (function, args, kwargs). The byte before such a pickle says with ASKS_LOADED that an answer more,
+LOADED, is wanted once the pickle is read: reading the first one imports the function's module, which may take longer than a score; and
+with WANTS_JSON that the value is no score, but whatever JSON can say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,8 +22,11 @@ import time
 from typing import Any, BinaryIO
 
 FRAME_HEADER = struct.Struct("<I")
+MAX_REQUEST = 2**32 - 2
+MAX_ANSWER = 1 << 16
+_ANSWER = struct.Struct("<Bdd")  # status, score, seconds; then text, UTF-8
 
-OK, RAISED, BAD_VALUE, LOADED = 0, 1, 2, 3
+OK, RAISED, BAD_VALUE, LOADED, READY = 0, 1, 2, 3, 4
 ASKS_LOADED, WANTS_JSON = 1, 2
 MAX_JSON = 60_000
 
@@ -59,9 +64,26 @@ def as_json(value: object) -> str:
     return text
 
 
-def encode_frame(message: Any) -> bytes:
-    payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+def encode_frame(payload: bytes) -> bytes:
     return FRAME_HEADER.pack(len(payload)) + payload
+
+
+def encode_answer(status: int, value: float | str = 0.0, seconds: float = 0.0) -> bytes:
+    """A frame; ``value`` is the score, a value as JSON, or what went wrong."""
+    text = value.encode(errors="replace")[: MAX_ANSWER - _ANSWER.size] if isinstance(value, str) else b""
+    return encode_frame(_ANSWER.pack(status, 0.0 if isinstance(value, str) else value, seconds) + text)
+
+
+def decode_answer(payload: bytes) -> tuple[int, float, str, float]:
+    """Status, score, text, seconds.
+
+    Raises:
+        ValueError: it is no answer.
+    """
+    if len(payload) < _ANSWER.size or payload[0] > READY:
+        raise ValueError("not an answer of a reward worker")
+    status, score, seconds = _ANSWER.unpack_from(payload)
+    return status, score, payload[_ANSWER.size :].decode(errors="replace"), seconds
 
 
 def describe_error(error: BaseException) -> str:
@@ -77,7 +99,7 @@ def _score(connection: socket.socket, payload: bytes) -> tuple[int, float | str]
     try:
         function, args, kwargs = pickle.loads(memoryview(payload)[1:])
         if payload[0] & ASKS_LOADED:
-            connection.sendall(encode_frame((LOADED, 0.0, 0.0)))
+            connection.sendall(encode_answer(LOADED))
         value = function(*args, **kwargs)
         return OK, as_json(value) if payload[0] & WANTS_JSON else check_score(value)
     except BadScore as error:
@@ -114,12 +136,13 @@ def main(fd: int) -> None:
     if first is None:
         return
     _prepare(pickle.loads(first))
-    connection.sendall(encode_frame(os.getpid()))
+    connection.sendall(encode_answer(READY))
     while (payload := _read_frame(stream)) is not None:
         begin = time.perf_counter()
         status, value = _score(connection, payload)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, or closed: the score counts all the same
+            sys.stdout.flush()
         try:
-            connection.sendall(encode_frame((status, value, time.perf_counter() - begin)))
+            connection.sendall(encode_answer(status, value, time.perf_counter() - begin))
         except (BrokenPipeError, ConnectionResetError):  # the controller is gone
             return

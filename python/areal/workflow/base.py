@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from areal.config import ConfigError
 from areal.inference.client import ProtocolError, ServerDied
 from areal.reward import RewardServiceError
+from areal.reward.address import is_service
+from areal.reward.http import HTTPReward
 from areal.types import ModelRequest, ModelResponse, Trajectory
 
 FATAL = (ServerDied, ProtocolError, RewardServiceError, ConfigError)
@@ -91,6 +93,15 @@ def _rows(result: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
         if array.ndim == 0 or len(array) != n:
             raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}, its input_ids hold {n} sequences")
     return [{key: array[i] for key, array in arrays.items()} for i in range(n)]
+
+
+def reward_callable(reward_fn: Callable[..., Any] | str, timeout: float | None = None) -> Callable[..., Any]:
+    """The function itself, that of an import path, or the client of the service at an address; ``timeout`` is that client's, in seconds."""
+    if not isinstance(reward_fn, str):
+        return reward_fn
+    if is_service(reward_fn):
+        return HTTPReward(reward_fn) if timeout is None else HTTPReward(reward_fn, timeout)
+    return import_object("reward_fn", reward_fn)  # type: ignore[no-any-return]
 
 
 def to_trajectory(result: Mapping[str, Any] | Trajectory) -> Trajectory:

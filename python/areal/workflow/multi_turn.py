@@ -9,7 +9,7 @@ from areal.chat import ChatTemplateError
 from areal.config import ConfigError, GenerationConfig
 from areal.reward import AsyncRewardWrapper
 from areal.types import ModelResponse
-from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
+from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object, reward_callable
 from areal.workflow.prompt import Prompt, PromptEncoder, Reply
 from areal.workflow.sequence import TokenSequence
 from areal.workflow.user_code import CallFailed, call, check_sendable
@@ -32,7 +32,7 @@ class MultiTurnWorkflow:
             returns one of these or None, or its import path as package.module:name. ``turn`` counts from 1. An async function runs on
             the event loop, any other in a reward worker; one that fails drops the group, cause feedback_failed.
         feedback_timeout: seconds for a feedback function; None = that of the reward service.
-        max_context: tokens of the whole sequence at most; None = no bound here.
+        max_context: tokens of the whole sequence at most; 0 = no bound here.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MultiTurnWorkflow:
         feedback: Reply | Callable[..., Any] = FEEDBACK,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
-        max_context: int | None = None,
+        max_context: int = 0,
         reward_timeout: float | None = None,
         feedback_timeout: float | None = None,
     ) -> None:
@@ -63,20 +63,26 @@ class MultiTurnWorkflow:
             check_sendable("the feedback function of MultiTurnWorkflow", self._feedback)
         else:
             self._check_feedback(self._feedback)
-        self._reward = AsyncRewardWrapper(
-            import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn, reward_timeout
-        )
+        self._reward = AsyncRewardWrapper(reward_callable(reward_fn, reward_timeout), reward_timeout)
 
     def _check_feedback(self, feedback: Reply) -> None:
-        for is_chat in {False, bool(self._prompts.tokenizer.chat_template)}:
+        tokenizer = self._prompts.tokenizer
+        for is_chat in {False, bool(tokenizer.chat_template)}:
             try:
-                fits = bool(self._prompts.reply(feedback, [], is_chat=is_chat))
+                ids = self._prompts.reply(feedback, [], is_chat=is_chat)
             except Exception as error:  # tokenizers raises bare Exception
                 raise ConfigError(
                     f"the feedback of MultiTurnWorkflow cannot be tokenized ({error})", "set feedback to another text"
                 ) from error
-            if not fits:
+            if not ids:
                 raise ConfigError("the feedback of MultiTurnWorkflow is empty", "give a text, or max_turns=1")
+            # Some tokenizers leave out what they have no token for.
+            lost = set(feedback) - set(tokenizer.decode(ids)) - set(" \t\n") if isinstance(feedback, str) and feedback.isascii() else set()
+            if lost:
+                raise ConfigError(
+                    f"the tokenizer has no tokens for {''.join(sorted(lost))!r} in the feedback of MultiTurnWorkflow",
+                    "set workflow_kwargs.feedback to a text of its characters",
+                )
 
     async def arun_episode(self, engine: GenerationEngine, data: dict[str, Any]) -> dict[str, Any]:
         """The dict of ``to_trajectory``, flat numpy arrays.

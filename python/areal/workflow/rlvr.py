@@ -7,7 +7,7 @@ from typing import Any
 
 from areal.config import GenerationConfig
 from areal.reward import AsyncRewardWrapper
-from areal.workflow.base import GenerationEngine, import_object
+from areal.workflow.base import GenerationEngine, reward_callable
 from areal.workflow.prompt import PromptEncoder
 from areal.workflow.sequence import TokenSequence
 
@@ -18,7 +18,8 @@ class RLVRWorkflow:
     All keys of a row but the four of the reward's own arguments are passed on to the reward function.
 
     Args:
-        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async, or the import path of one.
+        reward_fn: ``fn(prompt, completions, prompt_ids, completion_ids, **row) -> float``, sync or async, or the import path of one, or the address of
+            a service (``HTTPReward``).
         gconfig: sampling; ``n_samples`` is the runner's business.
         tokenizer, max_prompt_len: see ``PromptEncoder``.
         enable_thinking: handed to the chat template; None = the template's own default.
@@ -34,7 +35,7 @@ class RLVRWorkflow:
         max_prompt_len: int | None = None,
         reward_timeout: float | None = None,
     ) -> None:
-        self.reward_fn: Callable[..., Any] = import_object("reward_fn", reward_fn) if isinstance(reward_fn, str) else reward_fn
+        self.reward_fn: Callable[..., Any] = reward_callable(reward_fn, reward_timeout)
         self.gconfig = gconfig.new(n_samples=1)
         self._prompts = PromptEncoder(tokenizer, max_prompt_len, enable_thinking=enable_thinking)
         self._reward = AsyncRewardWrapper(self.reward_fn, reward_timeout)

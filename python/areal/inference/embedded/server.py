@@ -15,16 +15,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from areal.launcher.local import die_with_parent
+from areal.launcher.local import bound_socket, die_with_parent
 
 if TYPE_CHECKING:
     from areal.inference.embedded.engine import EmbeddedEngine
 
 logger = logging.getLogger("areal.server")
-
-
-class ServeError(OSError):
-    """The server cannot start, in one sentence."""
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -75,20 +71,6 @@ def build_engine(args: argparse.Namespace) -> EmbeddedEngine:
     )
 
 
-def _bind(args: argparse.Namespace) -> socket.socket:
-    """The socket to listen on; before the model is loaded, so that a port in use is told at once."""
-    if args.fd is not None:
-        return socket.socket(fileno=args.fd)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ServeError(f"cannot listen on {args.host}:{args.port} ({error.strerror}); give another --host or --port") from error
-    return bound
-
-
 async def serve(args: argparse.Namespace, engine: EmbeddedEngine, bound: socket.socket) -> int:
     """Until a signal comes (0), or the engine fails (1): a server without an engine must not look alive."""
     from aiohttp import web
@@ -117,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        bound = _bind(args)
+        bound = bound_socket(args.host, args.port) if args.fd is None else socket.socket(fileno=args.fd)
         engine = build_engine(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -118,6 +118,15 @@ class ForkServer:
         passed = run.done and not run.garbage and not run.why
         return Outcome(passed, "passed" if passed else run.verdict(report), run.detail())
 
+    def run_program(self, source: str, stdin: str, limits: Limits) -> Outcome:
+        """``source`` as a program; it has passed when it ends by itself with exit status 0. ``detail`` is all that it wrote.
+
+        Raises:
+            SandboxError: the sandbox failed.
+        """
+        run, report, ended = self._run(source, stdin, limits, limits.wall_seconds)
+        return Outcome(ended, "passed" if ended else run.verdict(report), run.text())
+
     def run_cases(self, source: str, cases: Sequence[Case], limits: Limits) -> Outcome:
         """The completion as a program, once for each case, until one fails.
 
@@ -129,13 +138,17 @@ class ForkServer:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return Outcome(False, "wall")
-            run = Run(self._socket, self.level, limits, seconds)
-            run.start(("case", source, case.stdin.encode(errors="surrogatepass"), b"", {}), [], b"")
-            report = run.wait()
-            ended = report[0] == "ended" and not run.why and os.waitstatus_to_exitcode(report[1]) == 0
-            if not ended or run.garbage or not same_output(run.text(), case.stdout):
+            run, report, ended = self._run(source, case.stdin, limits, seconds)
+            if not ended or not same_output(run.text(), case.stdout):
                 return Outcome(False, run.verdict(report), run.detail())
         return Outcome(True, "passed")
+
+    def _run(self, source: str, stdin: str, limits: Limits, seconds: float) -> tuple[Run, tuple[str, int, float, float], bool]:
+        """One run of a program, its report, and whether it ended by itself and well."""
+        run = Run(self._socket, self.level, limits, seconds)
+        run.start(("case", source, stdin.encode(errors="surrogatepass"), b"", {}), [], b"")
+        report = run.wait()
+        return run, report, report[0] == "ended" and not run.why and not run.garbage and os.waitstatus_to_exitcode(report[1]) == 0
 
 
 def same_output(written: str, wanted: str) -> bool:

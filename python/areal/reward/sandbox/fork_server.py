@@ -169,9 +169,12 @@ def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limit
     except BaseException as error:  # before anything of the program has run: a fault of the sandbox
         os.write(channel, FAULT + f"{type(error).__name__}: {error}".encode())
         os._exit(1)
-    if kind == "case":
-        run_case(high, source)
-    run_tests(high, source, nonce, modules, snapshot)
+    try:
+        if kind == "case":
+            run_case(high, source)
+        run_tests(high, source, nonce, modules, snapshot)
+    finally:  # whatever got past the harness must not come back into the server's loop
+        os._exit(1)
 
 
 def _standard_streams(output: int, stdin: bytes) -> None:
