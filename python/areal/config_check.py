@@ -59,7 +59,7 @@ def _check_reward_name(reward_fn: str) -> None:
         except ValueError as error:
             raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
     elif reward_fn and not re.fullmatch(_IMPORT_PATH, reward_fn):
-        raise ConfigError(f"reward_fn='{reward_fn}' is not an import path", "write package.module:function, or http://host:port/score")
+        raise ConfigError(f"reward_fn='{reward_fn}' is not an import path", "write package.module:name, or http://host:port/score")
 
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
