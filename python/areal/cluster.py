@@ -80,7 +80,7 @@ class Cluster:
         if not self._with_rollout:
             await self._start_trainer()
             return
-        if config.workflow:
+        if config.workflow or config.workflow_kwargs:
             build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)

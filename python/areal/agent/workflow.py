@@ -22,6 +22,7 @@ from areal.config import ConfigError, GenerationConfig
 from areal.reward.service import is_async
 from areal.run_folder import load_tokenizer
 from areal.tool_calls import ToolCall, hermes
+from areal.workflow.arguments import check_arguments
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class AgentWorkflow:
         training: False = for evaluation: requests may set temperature, top_p and top_k.
         max_context: longest prompt + answer in tokens; 0 = the server's, which then refuses what is longer.
         enable_thinking: handed to the chat template; None = the template's own default.
-        tool_parser: how tool calls are read out of an answer.
+        tool_parser: how tool calls are read out of an answer (``areal.agent.hermes``), or the import path of such a function.
         host, port: what the endpoint listens on; port 0 = a free one.
     """
 
@@ -64,14 +65,22 @@ class AgentWorkflow:
         training: bool = True,
         max_context: int = 0,
         enable_thinking: bool | None = None,
-        tool_parser: Callable[[str], tuple[str, list[ToolCall]]] = hermes,
+        tool_parser: Callable[[str], tuple[str, list[ToolCall]]] | str = hermes,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
         if export_style not in get_args(Style):
             raise ConfigError(f"export_style={export_style!r} is not a style", f"use {' or '.join(get_args(Style))}")
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"port={port} of AgentWorkflow is no port", "give one up to 65535, or 0 for a free one")
+        if not 0 <= turn_discount <= 1:
+            raise ConfigError(f"turn_discount={turn_discount} of AgentWorkflow is not a discount", "give a number from 0 to 1")
+        if isinstance(tool_parser, str):
+            tool_parser = import_object("tool_parser", tool_parser)
         if tokenizer is None:
             raise ConfigError("AgentWorkflow has no tokenizer: messages cannot become tokens", "give tokenizer=, or set actor.path")
+        if agent_kwargs is not None and not isinstance(agent_kwargs, Mapping):
+            raise ConfigError(f"agent_kwargs of AgentWorkflow is a {type(agent_kwargs).__name__}", "give a mapping of arguments")
         self._run = _run_of(agent, agent_kwargs or {})
         self._on_loop = is_async(self._run)
         self._given = _accepted(self._run)
@@ -149,9 +158,12 @@ def _run_of(agent: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     if isinstance(agent, str):
         agent = import_object("agent", agent)
     if isinstance(agent, type):
+        check_arguments(agent, kwargs, "agent_kwargs")
         try:
             agent = agent(**kwargs)
-        except TypeError as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"the agent {agent!r} cannot be made: {error}", "correct agent_kwargs") from error
     elif kwargs:
         raise ConfigError(f"agent_kwargs were given, but the agent {agent!r} is not a class", "leave them out")

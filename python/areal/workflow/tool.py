@@ -58,6 +58,8 @@ class ToolWorkflow:
             raise ConfigError(
                 f"ToolWorkflow has {len(tools)} tools and max_calls={max_calls}: nothing can be called", "give both, or RLVRWorkflow"
             )
+        if isinstance(tools, str):
+            tools = (tools,)
         self.tools = by_name([_tool(tool, isolation, tool_timeout) for tool in tools])
         self.format = _format(format)
         self.max_calls, self.tool_timeout, self.max_result_chars, self.max_context = max_calls, tool_timeout, max_result_chars, max_context
