@@ -31,6 +31,7 @@ from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
 from areal.workflow.build import build_workflow, reward_function
+from areal.workflow.user_code import end_others
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Cluster:
 
     async def close(self) -> None:
         await self._resources.aclose()
+        await end_others()  # what users' code left
 
     async def _start_trainer(self) -> None:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)

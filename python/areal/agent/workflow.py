@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import copy
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,10 +23,9 @@ from areal.run_folder import load_tokenizer
 from areal.tool_calls import ToolCall, hermes
 from areal.workflow.arguments import check_arguments
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
+from areal.workflow.user_code import begin, end, result_of
 
-log = logging.getLogger(__name__)
-
-_STOP_TIMEOUT = 10.0
+_END_SECONDS = 10.0
 _GIVEN = ("base_url", "http_client", "api_key")
 
 
@@ -126,23 +124,20 @@ class AgentWorkflow:
 
     async def _until_done(self, session: Session, data: dict[str, Any], base_url: str, key: str) -> Any:
         """What the agent returns; a failure of the session comes first, and ends the agent."""
-        agent = asyncio.ensure_future(self._agent(data, base_url, key))
+        agent = begin(self._agent(data, base_url, key))
         try:
             await asyncio.wait({agent, session.failure}, return_when=asyncio.FIRST_COMPLETED)
             if session.failure.done():
                 raise session.failure.result()
             try:
-                return agent.result()
+                return result_of(agent)
             except Exception as error:  # boundary to the user's agent
                 if session.refusal is None or isinstance(error, EpisodeDropped):
                     raise
                 cause = "prompt_too_long" if session.refusal.code == "context_length_exceeded" else "request_rejected"
                 raise EpisodeDropped(cause, f"{session.refusal} (the agent raised {type(error).__name__})") from error
         finally:
-            if not agent.done():
-                agent.cancel()
-                if not (await asyncio.wait({agent}, timeout=_STOP_TIMEOUT))[0]:
-                    log.warning("an agent did not end within %g s of being cancelled, and goes on without its key", _STOP_TIMEOUT)
+            await end(agent, _END_SECONDS, "an agent")
 
     async def _agent(self, data: dict[str, Any], base_url: str, key: str) -> Any:
         client = http_clients().asynchronous if self._on_loop else http_clients().synchronous
