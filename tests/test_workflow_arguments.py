@@ -23,7 +23,7 @@ TOKENIZER = byte_tokenizer()
 
 
 class Agent:
-    def __init__(self, tries: int = 2, mode: Literal["a", "b"] = "a", limit: float = None) -> None:  # type: ignore[assignment]
+    def __init__(self, tries: int = 2, mode: Literal["a", "b"] = "a", limit: float = None) -> None:  # type: ignore[assignment]  # noqa: RUF013
         self.tries = tries
 
     async def run(self, data: dict[str, Any], base_url: str, api_key: str) -> float:
