@@ -18,7 +18,7 @@ from areal.agent.http_clients import http_clients
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
 from areal.config import ConfigError, GenerationConfig
-from areal.reward.service import is_async
+from areal.reward.service import home_loop, is_async, score_watch
 from areal.run_folder import load_tokenizer
 from areal.tool_calls import ToolCall, hermes
 from areal.workflow.arguments import check_arguments
@@ -191,6 +191,8 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
+    context.run(home_loop.set, loop)
+    context.run(score_watch.set, None)  # it must not be told from another thread
 
     def deliver(result: Any, error: BaseException | None) -> None:
         if not done.done():
