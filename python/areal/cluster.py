@@ -25,6 +25,7 @@ from areal.reward.sandbox.levels import describe
 from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_lock
 from areal.runner import DropCounter
 from areal.stats import StatsLogger
+from areal.threads import use_daemon_threads
 from areal.trainer.worker import TrainerHandle
 from areal.weight_sync.shm import unlink_stale
 from areal.weight_sync.transports import weights_folder
@@ -67,6 +68,7 @@ class Cluster:
 
     async def open(self) -> None:
         refuse_second_start()
+        use_daemon_threads()
         config = self.config
         train, valid = self.given_rows
         self.train_dataset = train if isinstance(train, Iterator) else load_dataset(config.train_dataset, config.seed, given=train)

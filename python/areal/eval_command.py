@@ -19,6 +19,7 @@ from areal.inference.client import RolloutClient
 from areal.inference.servers import start_server
 from areal.reward import RewardService
 from areal.run_folder import load_tokenizer
+from areal.threads import use_daemon_threads
 from areal.workflow.build import build_workflow
 from areal.workflow.user_code import end_others
 
@@ -36,6 +37,7 @@ def run_eval(config: GRPOConfig, out: Path | None = None) -> Evaluation:
 
 
 async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]], watcher: Watcher) -> Evaluation:
+    use_daemon_threads()
     tokenizer = load_tokenizer(model_folder)
     workflow = build_workflow(config, tokenizer, evaluation=True)
     async with AsyncExitStack() as resources:

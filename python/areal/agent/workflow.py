@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import copy
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -20,12 +19,14 @@ from areal.agent.session import Session
 from areal.config import ConfigError, GenerationConfig
 from areal.reward.service import home_loop, is_async, score_watch
 from areal.run_folder import load_tokenizer
+from areal.threads import DaemonThreads
 from areal.tool_calls import ToolCall, hermes
 from areal.workflow.arguments import check_arguments
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
 from areal.workflow.user_code import begin, end, result_of
 
 _END_SECONDS = 10.0
+_THREADS = DaemonThreads()
 _GIVEN = ("base_url", "http_client", "api_key")
 
 
@@ -187,33 +188,19 @@ def _accepted(run: Callable[..., Any]) -> tuple[str, ...]:
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Runs it in a daemon thread of its own: a pool would bound how many episodes run, and hold up the end of the process."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
+    """Runs it in a thread of its own, which has the event loop to go back to for scores."""
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     context.run(home_loop.set, loop)
     context.run(score_watch.set, None)  # it must not be told from another thread
 
-    def deliver(result: Any, error: BaseException | None) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
-
-    def work() -> None:
-        result: Any = None
-        raised: Exception | None = None
+    def work() -> Any:
         try:
-            result = context.run(function)
+            return context.run(function)
         except StopIteration as error:  # a future cannot hold it
-            raised = RuntimeError(f"the agent raised StopIteration: {error}")
-        except BaseException as error:  # boundary to the user's agent: the episode gets whatever it raised
-            raised = error if isinstance(error, Exception) else RuntimeError(f"the agent raised {error!r}")
-        try:
-            loop.call_soon_threadsafe(deliver, result, raised)
-        except RuntimeError:
-            pass  # the event loop has ended, and nobody waits any more
+            raise RuntimeError(f"the agent raised StopIteration: {error}") from error
+        except Exception:
+            raise
+        except BaseException as error:  # SystemExit is the agent's end, not the run's
+            raise RuntimeError(f"the agent raised {error!r}") from error
 
-    threading.Thread(target=work, name="agent", daemon=True).start()
-    return await done
+    return await loop.run_in_executor(_THREADS, work)
