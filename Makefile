@@ -66,7 +66,7 @@ ifdef BENCH
 	$(BIN)/python -m benchmarks $(BENCH)
 else
 	$(BIN)/python -m benchmarks --op all --json benchmarks/results/ops_cpu.json --plot benchmarks/results/ops_cpu.png
-	$(BIN)/python -m benchmarks async_vs_sync engine interruption weight_sync
+	$(BIN)/python -m benchmarks async_vs_sync code_reward engine interruption weight_sync
 endif
 
 # The Python that is asked for, else the one of .venv if there is one, else python3: whichever has torch for the GPU.

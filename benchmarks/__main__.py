@@ -13,7 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-SYSTEM = ("agent_endpoint", "async_vs_sync", "engine", "interruption", "math_reward", "reward_latency", "weight_sync")
+SYSTEM = (
+    "agent_endpoint",
+    "async_vs_sync",
+    "code_reward",
+    "engine",
+    "evaluation",
+    "interruption",
+    "math_reward",
+    "reward_latency",
+    "weight_sync",
+)
 DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
 
 

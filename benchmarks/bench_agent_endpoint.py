@@ -2,8 +2,9 @@
 
 Conversations of several turns with a chat template, as an agent has them: each call sends all messages so far and takes over the tokens of
 the turn before. The engine answers at once with 32 tokens, so what is timed is the endpoint: HTTP, JSON, template, tokens, recording. The
-variants take turns: straight to the engine; a bare aiohttp client; the openai client, whose own work is in its column too. Client and
-endpoint share one event loop and one core, as in a run. With --server the engine is an embedded server on a tiny random model.
+variants take turns: straight to the engine; a bare aiohttp client; the openai client, whose own work is in its row too. Client and
+endpoint share one event loop and one core, as in a run: calls at once wait for one another, and the
+CPU time of a call, the client's included, says what each costs. With --server the engine is an embedded server on a tiny random model.
 
     python -m benchmarks agent_endpoint -- [--rounds 20] [--turns 6] [--at-once 1,16] [--server]
 """
@@ -38,6 +39,9 @@ from areal.types import ModelRequest, ModelResponse
 from benchmarks.measure import report
 
 N_OUTPUT = 32
+WARM_UP = 3  # rounds
+VARIANTS = ("straight", "endpoint", "endpoint, openai client")
+GCONFIG = GenerationConfig(max_new_tokens=N_OUTPUT, ignore_eos=True)
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -95,20 +99,26 @@ async def conversation(ask: Ask, turns: int, seconds: list[list[float]]) -> None
         messages.append({"role": "assistant", "content": text})
 
 
-def straight(engine: Any, chat: Chat, gconfig: GenerationConfig) -> Ask:
-    """The engine alone: prompts of the same length, made before the clock starts, which runs inside of ``agenerate`` only."""
+def make_prompts(chat: Chat, turns: int) -> dict[int, list[int]]:
+    """Prompts as long as those of ``conversation``, by the number of messages."""
+    prompts: dict[int, list[int]] = {}
 
     async def ask(messages: list[dict[str, Any]]) -> str:
-        response = await engine.agenerate(ModelRequest(prompts[len(messages)], gconfig))
+        prompts[len(messages)] = chat.encode_all(chat.render(messages, None, {}))
+        return "x" * N_OUTPUT
+
+    for _ in conversation(ask, turns, [[] for _ in range(turns)]).__await__():
+        pass
+    return prompts
+
+
+def straight(engine: Any, chat: Chat, prompts: dict[int, list[int]]) -> Ask:
+    """The engine alone, on prompts made before."""
+
+    async def ask(messages: list[dict[str, Any]]) -> str:
+        response = await engine.agenerate(ModelRequest(prompts[len(messages)], GCONFIG))
         return str(chat.decode(response.output_tokens))
 
-    prompts: dict[int, list[int]] = {}
-    filler = {"role": "assistant", "content": "x" * N_OUTPUT}
-    messages = [{"role": "system", "content": "You are a careful assistant. " * 20}]
-    for turn in range(64):
-        messages.append({"role": "user", "content": f"Question {turn}: " + "what follows from this? " * 8})
-        prompts[len(messages)] = chat.encode_all(chat.render(messages, None, {}))
-        messages.append(filler)
     return ask
 
 
@@ -135,44 +145,47 @@ def by_openai(url: str, key: str) -> Ask:
 
 
 async def measure(engine: Any, chat: Chat, at_once: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    gconfig = GenerationConfig(max_new_tokens=N_OUTPUT, ignore_eos=True)
+    prompts = make_prompts(chat, arguments.turns)
     endpoint = AgentEndpoint()
     url = await endpoint.url()
-    variants = ("straight", "endpoint", "endpoint, openai client")
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(arguments.turns)] for name in variants}
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(arguments.turns)] for name in VARIANTS}
+    cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        for turn in range(arguments.rounds + 5):
-            for name in variants:
+        for turn in range(arguments.rounds + WARM_UP):
+            for name in VARIANTS:
                 taken: list[list[float]] = [[] for _ in range(arguments.turns)]
-                with contextlib.ExitStack() as open_sessions:
-                    asks = []
-                    for _ in range(at_once):
-                        key = open_sessions.enter_context(endpoint.open(Session(engine, chat, SamplingRules(gconfig))))
-                        makers = {"straight": lambda: straight_ask, "endpoint": lambda key=key: by_aiohttp(http, url, key)}
-                        straight_ask = straight(engine, chat, gconfig) if name == "straight" else None
-                        asks.append(makers.get(name, lambda key=key: by_openai(url, key))())
+                with contextlib.ExitStack() as sessions:
+                    keys = [sessions.enter_context(endpoint.open(Session(engine, chat, SamplingRules(GCONFIG)))) for _ in range(at_once)]
+                    match name:
+                        case "straight":
+                            asks = [straight(engine, chat, prompts)] * at_once
+                        case "endpoint":
+                            asks = [by_aiohttp(http, url, key) for key in keys]
+                        case _:
+                            asks = [by_openai(url, key) for key in keys]
+                    begin = time.process_time()
                     await asyncio.gather(*(conversation(ask, arguments.turns, taken) for ask in asks))
-                if turn >= 5:
+                    used = time.process_time() - begin
+                if turn >= WARM_UP:
+                    cpu[name].append(used / at_once / arguments.turns)
                     for kept, new in zip(seconds[name], taken, strict=True):
                         kept += new
     await endpoint.close()
     await http_clients().aclose()
-    base = np.median(np.concatenate(seconds["straight"]))
-    rows = []
-    for name in variants:
-        everything = np.concatenate(seconds[name]) * 1e3
-        rows.append(
-            {
-                "calls at once": at_once,
-                "variant": name,
-                "p50 ms": float(np.median(everything)),
-                "p90 ms": float(np.quantile(everything, 0.9)),
-                "first turn p50": float(np.median(seconds[name][0]) * 1e3),
-                "last turn p50": float(np.median(seconds[name][-1]) * 1e3),
-                "added p50 ms": float(np.median(everything) - base * 1e3),
-            }
-        )
-    return rows
+    return [row(at_once, name, seconds) | {"CPU ms a call": float(np.median(cpu[name]) * 1e3)} for name in VARIANTS]
+
+
+def row(at_once: int, name: str, seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
+    all_ms = np.concatenate(seconds[name]) * 1e3
+    return {
+        "calls at once": at_once,
+        "variant": name,
+        "p50 ms": float(np.median(all_ms)),
+        "p90 ms": float(np.quantile(all_ms, 0.9)),
+        "first turn p50": float(np.median(seconds[name][0]) * 1e3),
+        "last turn p50": float(np.median(seconds[name][-1]) * 1e3),
+        "added p50 ms": float(np.median(all_ms) - np.median(np.concatenate(seconds["straight"])) * 1e3),
+    }
 
 
 async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:

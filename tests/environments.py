@@ -26,6 +26,10 @@ def calculator(expression: str) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
+def next_digit(digit: int) -> int:
+    return (digit + 1) % 10
+
+
 def long_text() -> str:
     return "a" * 100_000
 

@@ -24,6 +24,15 @@ def share_of_even_ids(prompt: str, completions: str, prompt_ids: list[int], comp
     return sum(token % 2 == 0 for token in completion_ids) / len(completion_ids)
 
 
+def first_id_is_even(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
+    """Two values: groups of few samples often have the same."""
+    return float(completion_ids[0] % 2 == 0)
+
+
+def minus_one(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
+    return -1.0
+
+
 def obey(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
     """Does what the completion says, in a worker process."""
     match completions.split():

@@ -23,7 +23,7 @@ def make_groups(rewards, lengths=None):
 
 
 def values(groups, **keys):
-    result = compute_advantages(groups, ActorConfig(path="x", **keys))
+    result = compute_advantages(groups, ActorConfig(path="x", **keys), max_new_tokens=10)
     for group, advantages in zip(groups, result, strict=True):
         for t, a in zip(group.trajectories, advantages, strict=True):
             assert a.dtype == np.float32
@@ -79,7 +79,7 @@ def test_batch_of_equal_rewards():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rewards_must_be_finite(bad):
     with pytest.raises(ValueError, match="group 1"):
-        compute_advantages(make_groups([[1, 0], [1, bad]]), ActorConfig(path="x"))
+        compute_advantages(make_groups([[1, 0], [1, bad]]), ActorConfig(path="x"), max_new_tokens=10)
 
 
 def test_an_episode_counts_once_however_many_sequences_it_has():

@@ -17,8 +17,8 @@ from areal.agent.openai_answers import Answer
 from areal.agent.openai_protocol import parse_chat, parse_completion
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
-from areal.agent.tool_calls import hermes
 from areal.config import GenerationConfig
+from areal.tool_calls import hermes
 from areal.types import ModelRequest, ModelResponse
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the abc?"}]

@@ -68,6 +68,8 @@ def test_templates_that_cannot_go_on() -> None:
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ChatTemplateError, match="does not show the answer"):
         suffix_text(tokenizer, AGAIN)
-    tokenizer.chat_template = None
-    with pytest.raises(ChatTemplateError):
-        suffix_text(tokenizer, AGAIN)
+
+
+def test_without_a_template() -> None:
+    tokenizer = byte_tokenizer("none")
+    assert suffix_text(tokenizer, AGAIN * 2) == "\nNo. 12 or 11?\nNo. 12 or 11?"

@@ -178,6 +178,9 @@ CLASHES = {
     "gconfig.n_samples=1": ("makes every advantage 0", "gconfig.n_samples=8"),
     "rollout.episode_timeout=1000": ("ends the run before an episode", "raise the first"),
     "actor.init_from_scratch={hidden_size: 8}": ("has no model_type", "qwen2"),
+    "actor.overlong_tokens=8": ("actor.overlong_tokens=8 has no effect", "actor.overlong_reward_penalty=true"),
+    "actor.overlong_reward_penalty=true": ("1 to gconfig.max_new_tokens=", "set actor.overlong_tokens="),
+    "rollout.dynamic_filter=my_filter": ("rollout.dynamic_filter='my_filter' is not an import path", "package.module:name"),
     "reward_fn=my_module": ("is not an import path", "package.module:name"),
     "actor.device=gpu": ("actor.device='gpu' is not a device", "use auto, cpu, cuda"),
 }
@@ -197,6 +200,8 @@ PAIRS = {
     ("deterministic=true", "rollout.device=cuda:0"): "runs on the CPU only",
     ("actor.backend=fsdp:d40", "gconfig.n_samples=1", "actor.reward_norm=null"): "32 samples, fewer than the 40 ranks",
     ("actor.behav_imp_weight_cap=5", "actor.use_decoupled_loss=false"): "only the decoupled loss has",
+    ("actor.overlong_reward_penalty=true", "actor.overlong_tokens=1000"): "actor.overlong_tokens=1000",
+    ("rollout.dynamic_filter=mixed", "gconfig.n_samples=1", "actor.reward_norm=null"): "compares the samples of a group",
     ("actor.behav_filter_cap=5", "actor.use_decoupled_loss=false", "actor.recompute_logprob=false"): "needs the recomputed log-probs",
 }
 

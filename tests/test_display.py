@@ -143,7 +143,8 @@ def test_live_panel_goes_and_results_stay(make: Make) -> None:
         display.note("rollout 0 died and is being replaced")
         totals = {"accuracy_before": 0.61, "accuracy_after": 0.973, "length_before": 17.2, "length_after": 33.1, "train_steps": 80, "seconds_rl": 22.0,
                   "seconds_total": 71.0, "seconds_warmup": 42.0, "max_staleness_trained": 2, "tokens_generated": 651_234, "tokens_trained": 612_345,
-                  "dropped": {"reward_error": 2}}  # fmt: skip
+                  "dropped": {"reward_error": 2}, "truncated_before": 0.25, "truncated_after": 0.0, "pass_at_k_before": {"1": 0.61, "4": 0.805},
+                  "pass_at_k_after": {"1": 0.973, "4": 0.99}}  # fmt: skip
         display.finish(totals, [SampleAnswer("a7b*8=", "a7,b*8=6#6", 1.0), {"prompt": "[bold]x", "answer": "y" * 900, "reward": 0.0}])
         display.close()
     text = file.getvalue()
@@ -160,8 +161,14 @@ def test_live_panel_goes_and_results_stay(make: Make) -> None:
         "500 characters",
         "2 reward error",
         "runs/x",
+        "pass@4",
+        "80.5%",
+        "+18.5",
+        "answers cut off",
+        "-25.0",
     ):
         assert part in text
+    assert "majority" not in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor comes back"
 
 
@@ -173,10 +180,25 @@ def test_finish_without_evaluation(make: Make) -> None:
 
 def test_evaluation_lines(make: Make) -> None:
     display, file = make()
-    display.evaluation("before", Evaluation(0.61, 17.2, 0.61, 510, {"reward_timeout": 2}))
+    figures: dict[str, Any] = {
+        "n_prompts": 512,
+        "n_prompts_scored": 510,
+        "length_max": 40,
+        "truncated": 0.125,
+        "version_min": 0,
+        "version_max": 0,
+    }
+    display.evaluation("before", Evaluation(0.61, 17.2, 0.61, 510, {"reward_timeout": 2}, **figures))
     display.evaluation("step 10", Evaluation(None, None, None, 0, {"reward_error": 512}))
-    first, second = file.getvalue().splitlines()
-    assert "before: accuracy 61.0% on 510 held-out prompts, mean length 17.2 tokens; 2 reward timeout" in first
+    by_k = {"pass_at_k": {"1": 0.61, "2": 0.7, "4": 0.8}, "majority_at_k": {"4": 0.65}}
+    display.evaluation(
+        "step 20", Evaluation(0.61, 17.2, 0.61, 2040, **{**figures, **by_k, "n_samples": 4, "version_min": 19, "version_max": 23})
+    )
+    first, second, third = file.getvalue().splitlines()
+    tail = "mean length 17.2 tokens, longest 40, 12% cut off"
+    assert f"before: accuracy 61.0% on 510 of 512 held-out prompts, {tail}; 2 reward timeout" in first
+    assert "step 20: accuracy 61.0%, pass@4 80.0%, majority@4 65.0% on 510 of 512 held-out prompts, 4 samples each, mean" in third
+    assert third.endswith(f"{tail}, by versions 19 to 23")
     assert "step 10: no held-out answer could be scored; 512 reward error" in second
 
 

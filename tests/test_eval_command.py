@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +21,13 @@ import torch
 from areal.cli import main
 from areal.config import ConfigError, GRPOConfig
 from areal.config_load import build_config, dump_yaml
-from areal.eval_command import run_eval
+from areal.eval_command import Watcher, run_eval
+from areal.evaluation import EpisodeResult
+from areal.evaluation_scores import answer_class
 from areal.launcher.local import free_port
 from areal.models.loading import create_model
-from areal.tasks.arithmetic import build_tokenizer
+from areal.tasks.arithmetic import arithmetic_reward, build_tokenizer
+from areal.workflow import EpisodeDropped, RLVRWorkflow
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,71 @@ def test_checkpoint_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str
     assert 0 <= result["accuracy"] <= 1 and 0 < result["length"] <= 16
     assert set(result["samples"][0]) == {"prompt", "answer", "reward"}
     assert children_of(run_folder) == []
+
+
+def test_a_runs_own_workflow_with_samples_into_a_file(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The workflow that the config names plays, and every line of the file can be scored again from what it holds."""
+    out = tmp_path / "episodes.jsonl"
+    words = ["evaluator.n_prompts=6", "evaluator.gconfig.n_samples=4", "workflow=tests.test_eval_command:Confident"]
+    assert main(["eval", str(run_folder / "checkpoints" / "final"), "--out", str(out), *words]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["n_prompts"], result["n_samples"], result["n_scored"], result["failures"]) == (6, 4, 20, {"not_confident": 4})
+    assert list(result["pass_at_k"]) == ["1", "2", "4"] and "\x1b" not in captured.err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({(line["prompt_id"], line["sample"]) for line in lines}) == len(lines) == 24
+    scored = [line for line in lines if "failure" not in line]
+    assert {line["failure"]["cause"] for line in lines if line not in scored} == {"not_confident"} and len(scored) == 20
+    for line in scored:
+        assert line["reward"] == arithmetic_reward(line["prompt"], line["completion"], [], [], line["answer"])
+        assert line["final_answer"] == answer_class(line["completion"]) and 0 < line["length"] <= 16
+    assert result["accuracy"] == pytest.approx(sum(line["reward"] for line in scored) / 20)
+    assert result["truncated"] == pytest.approx(sum(line["truncated"] for line in scored) / 20)
+
+
+class Confident(RLVRWorkflow):
+    """Gives up on one prompt."""
+
+    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> Any:
+        result = await super().arun_episode(engine, data)
+        if data["prompt_id"].endswith("3"):
+            raise EpisodeDropped("not_confident")
+        return result
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_starts(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    assert main(["eval", str(run_folder / "checkpoints" / "final"), "--out", str(run_folder / "no" / "file")]) == 2
+    assert "error: --out: the file" in capsys.readouterr().err and time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_progress_on_a_terminal(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Watcher(3, None) as watcher:
+            watcher(EpisodeResult({}, 0, reward=1.0))
+            watcher(EpisodeResult({}, 1, reward=0.0))
+            watcher(EpisodeResult({}, 2, "reward_timeout"))
+    seen = ""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while part := os.read(master, 100_000).decode():
+            seen += part
+    os.close(master)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert "3/3" in plain and "50.0% right, 1 failed" in plain
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-8]", seen)) != no_color
+
+
+def test_samples_that_would_all_be_the_same_are_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluator.gconfig.n_samples=4", "evaluator.gconfig.temperature=0"]
+    assert main(["eval", str(run_folder / "checkpoints" / "final"), *words]) == 2
+    assert "gconfig.temperature=0 gives the same answer all gconfig.n_samples=4 times" in capsys.readouterr().err
 
 
 def test_nothing_to_evaluate_on(run_folder: Path) -> None:

@@ -30,20 +30,23 @@ def test_rows_are_on_disk_at_once(tmp_path: Path, config: GRPOConfig) -> None:
     stats.span("rollout 0", "generation", 10.0, 11.5)
     stats.step(row)
     stats.warmup({"step": 50, "loss": 1.25})
-    stats.evaluation("before", Evaluation(0.5, 17.0, 0.5, 512))
+    stats.evaluation("before", Evaluation(0.5, 17.0, 0.5, 512, pass_at_k={"1": 0.5, "4": 0.75}), step=0)
     (read,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert {k: read[k] for k in ("step", "reward", "loss", "staleness_max")} == {"step": 1, "reward": 0.5, "loss": None, "staleness_max": 2}
     assert read["time"] > 1.6e9 and read["dropped"] == {"reward_timeout": 2}
     assert read_jsonl(tmp_path / "timeline.jsonl") == [{"actor": "rollout 0", "kind": "generation", "start": 10.0, "end": 11.5}]
     assert read_jsonl(tmp_path / "warmup.jsonl")[0]["loss"] == 1.25
     (evaluation,) = read_jsonl(tmp_path / "evaluations.jsonl")
-    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 1, 0.5)
+    assert (evaluation["when"], evaluation["step"], evaluation["accuracy"]) == ("before", 0, 0.5)
+    assert evaluation["pass_at_k"] == {"1": 0.5, "4": 0.75}
     stats.close()
 
 
 def test_summary_has_exactly_the_promised_keys(tmp_path: Path, config: GRPOConfig) -> None:
     with StatsLogger(tmp_path, config) as stats:
-        path = stats.summary(asdict(RunTotals(accuracy_before=0.6, dropped={"reward_error": 1})))
+        totals = RunTotals(dropped={"reward_error": 1})
+        totals.add_evaluations(Evaluation(0.6, 17.0, 0.6, 512, pass_at_k={"1": 0.6, "4": 2 / 3}), None)
+        path = stats.summary(asdict(totals))
     assert path == tmp_path / "summary.json"
     assert list(json.loads(path.read_text())) == [
         "accuracy_before",
@@ -58,7 +61,20 @@ def test_summary_has_exactly_the_promised_keys(tmp_path: Path, config: GRPOConfi
         "tokens_generated",
         "tokens_trained",
         "dropped",
+        "filtered",
+        "filter_passed",
+        "truncated_masked",
+        "truncated_before",
+        "truncated_after",
+        "pass_at_k_before",
+        "pass_at_k_after",
+        "majority_at_k_before",
+        "majority_at_k_after",
     ]
+    summary = json.loads(path.read_text())
+    assert (
+        summary["accuracy_before"] == 0.6 and summary["pass_at_k_before"] == {"1": 0.6, "4": 0.6667} and summary["accuracy_after"] is None
+    )
     assert not list(tmp_path.glob("*.part"))
 
 

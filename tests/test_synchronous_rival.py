@@ -76,7 +76,7 @@ def synchronous_training(config: GRPOConfig, model_folder: Path) -> dict[str, to
             groups.append(Group(g, row, trajectories))
         train_batch = make_train_batch(
             groups,
-            compute_advantages(groups, config.actor),
+            compute_advantages(groups, config.actor, config.gconfig.max_new_tokens),
             n_minibatches=config.actor.ppo_n_minibatches,
             max_tokens_per_mb=config.actor.mb_spec.max_tokens_per_mb,
             world_size=1,

@@ -123,13 +123,16 @@ def test_errors_are_told_and_deaths_are_not() -> None:
     assert time.monotonic() - begin < 45
     with pytest.raises(EpisodeDropped, match="the tool 'calculator': the function ended its process") as caught:
         episode(flow(), ScriptedEngine(ids("13*6=")))
-    assert caught.value.cause == "tool_died"
+    assert caught.value.cause == "tool_failed"
 
 
 def test_results_of_all_kinds_of_tools() -> None:
     async def on_the_loop(x: int) -> dict[str, int]:
         await asyncio.sleep(0)
         return {"x": x}
+
+    async def is_down() -> None:
+        raise ConnectionError("no data base")
 
     async def hangs() -> None:
         await asyncio.sleep(60)
@@ -141,6 +144,9 @@ def test_results_of_all_kinds_of_tools() -> None:
             assert "ValueError: no zeros here" in await Tool("b", calculator).result({"expression": "0*6"})
             assert "unexpected keyword argument 'y'" in await Tool("a", on_the_loop).result({"y": 3})
             assert await Tool("h", hangs, timeout=0.1).result({}) == "Error: the function did not return within 0.1 s"
+            with pytest.raises(EpisodeDropped, match="the tool 'down': ConnectionError: no data base") as caught:
+                await Tool("down", is_down, faults=("ConnectionError",)).result({})
+            assert caught.value.cause == "tool_failed"
             assert "at most 60000 bytes" in await Tool("big", long_text).result({})
 
     asyncio.run(main())

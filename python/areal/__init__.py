@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from areal.controller import PPOTrainer as PPOTrainer
     from areal.reward.service import AsyncRewardWrapper as AsyncRewardWrapper
     from areal.sft import SFTTrainer as SFTTrainer
+    from areal.tool_calls import ToolCall as ToolCall
     from areal.types import ModelRequest as ModelRequest
     from areal.types import ModelResponse as ModelResponse
     from areal.workflow.base import RolloutWorkflow as RolloutWorkflow
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from areal.workflow.rlvr import RLVRWorkflow as RLVRWorkflow
     from areal.workflow.tool import ToolWorkflow as ToolWorkflow
     from areal.workflow.tools import Tool as Tool
-    from areal.workflow.tools import ToolCall as ToolCall
 
 _HOMES = {
     "AgentWorkflow": "areal.agent.workflow",
@@ -44,7 +44,7 @@ _HOMES = {
     "RolloutWorkflow": "areal.workflow.base",
     "SFTTrainer": "areal.sft",
     "Tool": "areal.workflow.tools",
-    "ToolCall": "areal.workflow.tools",
+    "ToolCall": "areal.tool_calls",
     "ToolWorkflow": "areal.workflow.tool",
     "load_expr_config": "areal.config_load",
 }

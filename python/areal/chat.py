@@ -22,17 +22,21 @@ def suffix_text(
 ) -> str:
     """What the template writes behind the text of an answer when ``messages`` follow it and the next answer is to begin.
 
+    Without a template messages are joined by newlines.
+
     Args:
         history: the messages before the answer; few templates look back at them.
         template_options: of ``apply_chat_template``: ``tools``, and variables such as ``enable_thinking``.
 
     Raises:
-        ChatTemplateError: the tokenizer has no template, or its template refuses these messages or leaves the answer out.
+        ChatTemplateError: the template refuses these messages, or leaves the answer out.
     """
     mark = _ANSWER
     while mark in str(history) or mark in str(messages):
         mark += "9"
     conversation = [*history, {"role": "assistant", "content": mark}, *messages]
+    if not tokenizer.chat_template:
+        return "".join(f"\n{message['content']}" for message in messages)
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **template_options)
     except Exception as error:  # templates raise jinja2's own, and whatever their filters raise

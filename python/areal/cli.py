@@ -103,15 +103,16 @@ def _add_reward_server(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
     evaluate = commands.add_parser(
         "eval",
-        usage="areal eval MODEL [--config FILE] [key=value ...]",
+        usage="areal eval MODEL [--config FILE] [--out FILE] [key=value ...]",
         help="measure a model on held-out prompts",
-        description="Accuracy and answer length on held-out prompts; JSON on stdout.",
+        description="pass@1, pass@k and majority@k (evaluator.gconfig.n_samples=k), length and truncation on held-out prompts; JSON on stdout.",
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model, e.g. a checkpoint of a run")
     evaluate.add_argument(
         "words", metavar="key=value", nargs="*", default=[], help="change keys of the config, e.g. evaluator.n_prompts=2000"
     )
     evaluate.add_argument("--config", metavar="FILE", help="data set and sampling; default: the config of the run that MODEL belongs to")
+    evaluate.add_argument("--out", metavar="FILE", help="write every episode there as JSONL: the row, its completion and its reward")
 
 
 def _add_score(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -311,7 +312,8 @@ def _eval(args: argparse.Namespace) -> int:
     _log_warnings()
     from areal.eval_command import run_eval
 
-    print(json.dumps(dataclasses.asdict(run_eval(config)), ensure_ascii=False, indent=2))
+    result = run_eval(config, Path(args.out).expanduser() if args.out else None)
+    print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from areal.config import GRPOConfig
 from areal.data import load_dataset
 from areal.display import Display
-from areal.evaluation import Evaluation, SampleAnswer, evaluate, held_out_rows
+from areal.evaluation import EpisodeSlots, Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightUpdateError
 from areal.inference.servers import RolloutServer, ServerStartError, end_servers, start_server
 from areal.launcher.local import refuse_second_start
@@ -30,7 +30,7 @@ from areal.weight_sync.shm import unlink_stale
 from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
-from areal.workflow.build import reward_function
+from areal.workflow.build import build_workflow, reward_function
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Cluster:
         self._resources = AsyncExitStack()
         self._acknowledged = asyncio.Event()
         self._evaluating = asyncio.Lock()
+        self._evaluation_slots = EpisodeSlots(config)
         self._tidying = asyncio.Lock()
         self._n_saving = 0
 
@@ -79,6 +80,8 @@ class Cluster:
         if not self._with_rollout:
             await self._start_trainer()
             return
+        if config.workflow:
+            build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
         )
@@ -205,15 +208,42 @@ class Cluster:
     # -- evaluation, checkpoints, display ------------------------------------------------------------------------------------------
 
     async def evaluate(self, workflow: RolloutWorkflow, when: str) -> Evaluation | None:
-        """On the held-out rows, one at a time; None where there are none."""
+        """On the held-out rows while nothing else generates, after one that is still running; None where there are no such rows."""
         if not self.valid_rows:
             return None
+        self._evaluation_slots.have_all()
+        return await self._evaluate(workflow, when)
+
+    async def evaluate_step(self, workflow: RolloutWorkflow, step: int) -> None:
+        """Beside training, within ``evaluator.max_concurrent``; left out and counted while the one before still runs."""
+        if not self.valid_rows:
+            return
+        if self._evaluating.locked():
+            self.drops.add("evaluation_skipped", f"that of step {step}: the one before is still running")
+            self.display.note(
+                f"no evaluation at step {step}: the one before is still running; raise evaluator.every_steps or evaluator.max_concurrent"
+            )
+            return
+        self._evaluation_slots.share()
+        await self._evaluate(workflow, f"step {step}")
+
+    async def _evaluate(self, workflow: RolloutWorkflow, when: str) -> Evaluation:
+        config = self.config
         async with self._evaluating:
-            begin = time.time()
-            result = await evaluate(self.client, workflow, self.valid_rows, seed=self.config.seed, tokenizer=self.tokenizer)
+            begin, step = time.time(), self.stats.last_step
+            result = await evaluate(
+                self.client,
+                workflow,
+                self.valid_rows,
+                seed=config.seed,
+                slots=self._evaluation_slots,
+                episode_timeout=config.rollout.episode_timeout,
+                n_samples=config.evaluator.n_samples,
+                tokenizer=self.tokenizer,
+            )
             self.stats.span("controller", "evaluation", begin, time.time())
         self.display.evaluation(when, result)
-        self.stats.evaluation(when, result)
+        self.stats.evaluation(when, result, step)
         return result
 
     async def save(self, name: str) -> None:

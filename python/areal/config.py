@@ -155,6 +155,14 @@ class ActorConfig(Section):
     """r -> (r + reward_bias) * reward_scaling."""
     reward_bias: float = 0.0
     """Added to every reward before it is scaled."""
+    overlong_reward_penalty: bool = False
+    """DAPO: a longer answer than gconfig.max_new_tokens - overlong_tokens earns less, linearly down to overlong_penalty_factor less."""
+    overlong_tokens: int = Field(0, ge=0)
+    """The last tokens of gconfig.max_new_tokens, in which the penalty grows."""
+    overlong_penalty_factor: float = Field(1.0, gt=0)
+    """What an answer of gconfig.max_new_tokens earns less."""
+    mask_truncated: bool = False
+    """Do not train on sequences whose answer was cut off by its length (overlong filtering of DAPO); they count in reward_norm."""
     reward_norm: NormConfig | None = Field(default_factory=NormConfig)
     """Normalisation of rewards into advantages; null = none."""
     adv_norm: NormConfig | None = None
@@ -253,9 +261,24 @@ class EvaluatorConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Train steps between evaluations; 0 = only before and after."""
     n_prompts: int = Field(512, ge=0)
-    """Held-out prompts, one sample each; 0 = no evaluation."""
+    """Held-out prompts; 0 = no evaluation."""
+    max_concurrent: int = Field(0, ge=0)
+    """Episodes that an evaluation has in flight while training goes on; 0 = a quarter of rollout.max_running_requests of all servers."""
     gconfig: GenerationConfig | None = None
-    """Sampling in evaluation; what it does not give is as in training, with one sample."""
+    """Sampling in evaluation; what it does not give is as in training, but n_samples (samples a prompt, for pass@k) is 1."""
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of a held-out prompt."""
+        return self.gconfig.n_samples if self.gconfig is not None else 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gconfig is not None and self.n_samples > 1 and self.gconfig.temperature == 0:
+            raise ValueError(
+                f"gconfig.temperature=0 gives the same answer all gconfig.n_samples={self.n_samples} times; set one of them to 1"
+            )
+        return self
 
 
 def drift_bound(configured: float | None, dtype: str, update_mode: str) -> float:
@@ -313,8 +336,8 @@ class GRPOConfig(Section):
     workflow: str = ""
     """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
     workflow_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len and max_context are those of the run where it takes
-    them and they are not given."""
+    """Arguments of the workflow's class; reward_fn, gconfig, tokenizer, max_prompt_len, max_context and isolation are those of the run where
+    it takes them and they are not given."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sglang: SGLangConfig = Field(default_factory=SGLangConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)

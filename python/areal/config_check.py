@@ -18,8 +18,6 @@ from areal.launcher.gpus import count_gpus
 from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
-_IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-
 
 def parse_trainer_backend(value: str) -> int:
     """N of ``fsdp:dN``."""
@@ -42,24 +40,32 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     _check_loss(config)
+    _check_overlong(config)
     _check_times(config)
     if config.deterministic:
         _check_deterministic(config)
-    _check_reward_name(config.reward_fn)
-    if config.workflow and not re.fullmatch(_IMPORT_PATH, config.workflow):
-        raise ConfigError(f"workflow='{config.workflow}' is not an import path", "write package.module:name")
+    _check_names(config)
     for key, device in _devices(config).items():
         _check_device_name(key, device)
 
 
-def _check_reward_name(reward_fn: str) -> None:
-    if is_service(reward_fn):
+def _check_names(config: GRPOConfig) -> None:
+    """Import paths are import paths; a reward function may be the address of a service, a filter the one that has a name."""
+    chosen = config.rollout.dynamic_filter
+    named = {"reward_fn": config.reward_fn, "workflow": config.workflow, "rollout.dynamic_filter": "" if chosen == "mixed" else chosen}
+    if is_service(named["reward_fn"]):
         try:
-            service_address(reward_fn)
+            service_address(named.pop("reward_fn"))
         except ValueError as error:
             raise ConfigError(f"reward_fn={error}", "write http://host:port/score") from None
-    elif reward_fn and not re.fullmatch(_IMPORT_PATH, reward_fn):
-        raise ConfigError(f"reward_fn='{reward_fn}' is not an import path", "write package.module:name, or http://host:port/score")
+    for key, path in named.items():
+        if path and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+            or_else = ", or http://host:port/score" if key == "reward_fn" else ""
+            raise ConfigError(f"{key}='{path}' is not an import path", f"write package.module:name{or_else}")
+    if config.gconfig.n_samples == 1 and chosen == "mixed":
+        raise ConfigError(
+            "rollout.dynamic_filter=mixed compares the samples of a group, and gconfig.n_samples=1", "set gconfig.n_samples=8"
+        )
 
 
 def _devices(config: GRPOConfig) -> dict[str, str]:
@@ -130,24 +136,6 @@ def _check_batch(config: GRPOConfig, n_ranks: int) -> None:
 def longest_sequence(dataset: DatasetConfig, gconfig: GenerationConfig) -> int:
     """Tokens of the longest prompt and the longest answer together."""
     return dataset.max_prompt_len + gconfig.max_new_tokens
-
-
-def longest_context(config: GRPOConfig, *, evaluation: bool = False) -> int | None:
-    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; None = not known."""
-    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
-    if not evaluation:
-        limits.append(config.actor.mb_spec.max_tokens_per_mb)
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-
-
-def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
-    if config.actor.init_from_scratch is not None:
-        return config.actor.init_from_scratch
-    try:
-        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def _check_lengths(config: GRPOConfig) -> None:
@@ -221,6 +209,22 @@ def _check_loss(config: GRPOConfig) -> None:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
+def _check_overlong(config: GRPOConfig) -> None:
+    actor, longest = config.actor, config.gconfig.max_new_tokens
+    if not actor.overlong_reward_penalty:
+        if actor.overlong_tokens:
+            raise ConfigError(
+                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
+            )
+        return
+    if not 0 < actor.overlong_tokens <= longest:
+        raise ConfigError(
+            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
+            f"and actor.overlong_tokens={actor.overlong_tokens}",
+            f"set actor.overlong_tokens={max(1, longest // 5)}",
+        )
+
+
 def _check_times(config: GRPOConfig) -> None:
     rollout = config.rollout
     if rollout.batch_timeout < rollout.episode_timeout:
@@ -252,10 +256,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     if trains:
         _check_transport(config)
     _check_reward(config)
-    if config.workflow:
-        from areal.workflow.build import config_workflow
-
-        config_workflow(config)
+    _check_named(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
@@ -263,6 +264,15 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
             raise ConfigError(
                 f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}"
             )
+
+
+def _check_named(config: GRPOConfig) -> None:
+    """What the keys of workflow and filter name can be imported."""
+    from areal.group_filter import build_filter
+    from areal.workflow.build import config_workflow
+
+    config_workflow(config)
+    build_filter(config.rollout)
 
 
 def _check_reward(config: GRPOConfig) -> None:

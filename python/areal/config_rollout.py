@@ -73,6 +73,11 @@ class RolloutConfig(Section):
     """Seconds without any finished group after which the trainer gives up waiting for a batch."""
     consumer_batch_size: int = Field(32, ge=1)
     """Groups per train step."""
+    dynamic_filter: str = ""
+    """Which finished groups are trained on: empty = all, mixed = those whose episodes differ in reward (DAPO), or the import path
+    package.module:name of fn(group) -> bool, true for a group to keep."""
+    dynamic_filter_max_waste: float = Field(4.0, gt=0)
+    """Groups that the filter may leave out for each one trained on, over about a batch; beyond that groups pass, counted."""
     max_running_requests: int = Field(64, ge=1)
     """Sequences one server decodes at once."""
     max_context: int = Field(0, ge=0)

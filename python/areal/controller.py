@@ -8,6 +8,8 @@
 | an episode         | tokens of the rollout servers      | the server's answer                    | rollout.request_timeout |
 |                    | its score                          | a reward worker                        | reward.timeout          |
 | a group            | all its episodes                   | the last one                           | rollout.episode_timeout |
+| an evaluation      | a free place among its episodes    | the end of one                         | rollout.episode_timeout |
+| the one at the end | a periodic one still running       | its end: it gets all places            | its episodes' deadlines |
 | trainer (``cut``)  | a batch that keeps the age bound   | a finished or rejected group           | rollout.batch_timeout   |
 | controller         | a train step, a publish            | the ranks' answers                     | actor.step_timeout      |
 | ``weights.run``    | published weights (shm, disk)      | the end of a train step                | never: idle by design   |
@@ -24,17 +26,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from areal.algo.advantage import compute_advantages
+from areal.algo.advantage import compute_advantages, without_truncated
 from areal.buffer import TrajectoryBuffer
 from areal.cluster import Cluster, first_error
 from areal.config import GRPOConfig
 from areal.config_check import check_config, check_machine
 from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
+from areal.group_filter import build_filter
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
 from areal.packer import make_train_batch
 from areal.runner import Runner
@@ -100,6 +104,7 @@ class PPOTrainer:
         workflow_kwargs: dict[str, Any] | None = None,
         eval_workflow: Any = None,
         eval_workflow_kwargs: dict[str, Any] | None = None,
+        dynamic_filter_fn: Callable[[Group], bool] | str | None = None,
     ) -> RunTotals:
         """Warm-up, evaluation, reinforcement learning, evaluation; returns what ``summary.json`` holds.
 
@@ -108,12 +113,15 @@ class PPOTrainer:
             workflow_kwargs: of the class.
             eval_workflow, eval_workflow_kwargs: the same for held-out prompts; None = that of training, its ``gconfig`` argument
                 replaced by ``evaluator.gconfig``.
+            dynamic_filter_fn: true for a finished group that is to be trained on; a function, its import path or "mixed". None = that of
+                ``rollout.dynamic_filter``.
         """
         if self._state != "entered":
             how = {"new": "enter it first: with PPOTrainer(config) as trainer: trainer.train()"}.get(self._state, "make a new PPOTrainer")
             raise TrainerMisused(f"this PPOTrainer is {self._state}; {how}")
         self._state = "one that has trained"
         config, tokenizer = self.config, self._cluster.tokenizer
+        self.group_filter = build_filter(config.rollout, dynamic_filter_fn)
         self.workflow = build_workflow(config, tokenizer, workflow, workflow_kwargs)
         if eval_workflow is not None or workflow is None:
             self.eval_workflow = build_workflow(config, tokenizer, eval_workflow, eval_workflow_kwargs, evaluation=True)
@@ -157,7 +165,7 @@ class PPOTrainer:
         batch_size, eta = rollout.consumer_batch_size, rollout.max_head_offpolicyness
         staleness = StalenessManager(batch_size, eta, rollout.max_concurrent_rollouts, config.total_train_steps)
         buffer = TrajectoryBuffer(batch_size, eta, mask_over_age=rollout.over_age_tokens == "mask")
-        runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops)
+        runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops, self.group_filter)
         generating = tasks.create_task(runner.run(), name="runner")
         await cluster.read_engines()  # what the evaluation generated is not the first step's
         clock, probe = StepClock(), DriftProbe(cluster)
@@ -169,12 +177,14 @@ class PPOTrainer:
                 clock.got_batch()
                 if log is not None:
                     log.write(groups, step)
-                batch = await asyncio.to_thread(self._pack, groups)
+                trained, n_masked = without_truncated(groups) if config.actor.mask_truncated else (groups, 0)
+                batch = await asyncio.to_thread(self._pack, trained)
                 async with cluster.weights.changing_weights():
                     train_stats = await cluster.trainer.train_step(batch)
                     clock.trained(train_stats["spans"])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step), **train_row(train_stats)}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats)}
+                row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
                 self._side_work(tasks, step + 1)
@@ -190,7 +200,7 @@ class PPOTrainer:
         actor = self.config.actor
         return make_train_batch(
             groups,
-            compute_advantages(groups, actor),
+            compute_advantages(groups, actor, self.config.gconfig.max_new_tokens),
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
             world_size=self._cluster.trainer.world_size,
@@ -202,7 +212,7 @@ class PPOTrainer:
         if saver.every_steps and step % saver.every_steps == 0 and step < self.config.total_train_steps:
             tasks.create_task(self._cluster.save_step(step), name=f"checkpoint {step}")
         if evaluator.every_steps and step % evaluator.every_steps == 0 and step < self.config.total_train_steps:
-            tasks.create_task(self._evaluate(f"step {step}"), name=f"evaluation {step}")
+            tasks.create_task(self._cluster.evaluate_step(self.eval_workflow, step), name=f"evaluation {step}")
 
     async def _evaluate(self, when: str) -> Evaluation | None:
         """Held-out prompts under the weights that the servers have."""
@@ -212,17 +222,16 @@ class PPOTrainer:
         cluster = self._cluster
         self.totals.add_step(row)
         row |= {"buffer_groups": n_buffered, "inflight_groups": n_inflight, "dropped": cluster.dropped}
-        row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row() | cluster.rewards.counters.read()
+        row |= {"filtered": self.group_filter.n_filtered, "filter_passed": self.group_filter.n_passed} | cluster.rewards.counters.read()
+        row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row()
         cluster.log_step(row, clock)
 
     def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:
         totals, cluster = self.totals, self._cluster
-        if before is not None:
-            totals.accuracy_before, totals.length_before = before.accuracy, before.length
-        if after is not None:
-            totals.accuracy_after, totals.length_after = after.accuracy, after.length
+        totals.add_evaluations(before, after)
         totals.tokens_generated = cluster.meter.tokens_generated
         totals.dropped = cluster.dropped
+        totals.filtered, totals.filter_passed = self.group_filter.n_filtered, self.group_filter.n_passed
         totals.seconds_total = time.monotonic() - self._started
         cluster.finish(totals, after.samples if after is not None else [])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from areal.config import GRPOConfig, drift_bound
-from areal.display_panel import RunPanel, RunState, clock, count, is_number, number, share, tiny
+from areal.display_panel import RunPanel, RunState, clock, count, filter_text, is_number, number, share, tiny
 
 if TYPE_CHECKING:
     from areal.evaluation import Evaluation
@@ -100,12 +100,7 @@ class Display:
 
     def evaluation(self, when: str, result: Evaluation) -> None:
         """The result of an evaluation; ``when`` is "before", "after" or "step N"."""
-        if result.accuracy is None or result.length is None:
-            text = "no held-out answer could be scored"
-        else:
-            text = f"accuracy {100 * result.accuracy:.1f}% on {result.n_scored} held-out prompts, mean length {result.length:.1f} tokens"
-        failed = "".join(f"; {n} {cause.replace('_', ' ')}" for cause, n in result.failures.items())
-        self._print(f"{when}: {text}{failed}", "yellow" if failed else "green")
+        self._print(f"{when}: {evaluation_line(result)}", "yellow" if result.failures else "green")
 
     def _watch_drift(self, row: Mapping[str, Any]) -> None:
         drift, bound = row.get("logprob_drift_max"), self.state.drift_bound
@@ -150,9 +145,40 @@ def step_line(row: Mapping[str, Any], state: RunState) -> str:
     ]
     if dropped:
         parts.append(f"dropped {dropped}")
+    if row.get("filtered") or row.get("filter_passed"):
+        parts.append(filter_text(row))
     if row.get("skipped_nonfinite"):
         parts.append(f"non-finite {row['skipped_nonfinite']}")
     return "  ".join(parts)
+
+
+def evaluation_line(result: Evaluation) -> str:
+    """The figures of an evaluation as one line of text."""
+    if result.accuracy is None or result.length is None:
+        text = "no held-out answer could be scored"
+    else:
+        text = f"accuracy {100 * result.accuracy:.1f}%"
+        for name, by_k in (("pass", result.pass_at_k), ("majority", result.majority_at_k)):
+            text += "".join(f", {name}@{k} {100 * value:.1f}%" for k, value in by_k.items() if k == str(result.n_samples) != "1")
+        text += f" on {result.n_prompts_scored} of {result.n_prompts} held-out prompts"
+        text += f", {result.n_samples} samples each" if result.n_samples > 1 else ""
+        text += f", mean length {result.length:.1f} tokens, longest {result.length_max}, {share(result.truncated)} cut off"
+        if result.version_min != result.version_max:
+            text += f", by versions {result.version_min} to {result.version_max}"
+    return text + "".join(f"; {n} {cause.replace('_', ' ')}" for cause, n in result.failures.items())
+
+
+def _before_after_lines(totals: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any, float, str]]:
+    """(label, before, after, factor, unit); of several samples only the figures for all of them."""
+    yield "accuracy", totals.get("accuracy_before"), totals.get("accuracy_after"), 100, "%"
+    for name in ("pass", "majority"):
+        before, after = (totals.get(f"{name}_at_k_{when}") or {} for when in ("before", "after"))
+        k = max((int(k) for k in (*before, *after)), default=1)
+        if k > 1:
+            yield f"{name}@{k}", before.get(str(k)), after.get(str(k)), 100, "%"
+    yield "answer length, tokens", totals.get("length_before"), totals.get("length_after"), 1, ""
+    if totals.get("truncated_before") or totals.get("truncated_after"):
+        yield "answers cut off", totals.get("truncated_before"), totals.get("truncated_after"), 100, "%"
 
 
 def before_after(totals: Mapping[str, Any]) -> Table:
@@ -160,11 +186,10 @@ def before_after(totals: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="held-out prompts", title_justify="left", title_style="bold")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    for label, key, scale, unit in (("accuracy", "accuracy", 100, "%"), ("answer length, tokens", "length", 1, "")):
-        before, after = totals.get(f"{key}_before"), totals.get(f"{key}_after")
+    for label, before, after, scale, unit in _before_after_lines(totals):
         if is_number(before) and is_number(after):
             change = f"{scale * (after - before):+.1f}"
-            better = "green" if key == "accuracy" and after > before else ""
+            better = "green" if scale == 100 and label != "answers cut off" and after > before else ""
             table.add_row(label, f"{scale * before:.1f}{unit}", Text(f"{scale * after:.1f}{unit}", style=f"bold {better}"), change)
         else:
             table.add_row(label, *(f"{scale * v:.1f}{unit}" if is_number(v) else "–" for v in (before, after)), "–")
@@ -180,6 +205,8 @@ def _totals_line(totals: Mapping[str, Any]) -> str:
     parts.append(f"oldest token {totals.get('max_staleness_trained')} versions")
     dropped = {k: v for k, v in (totals.get("dropped") or {}).items() if v}
     parts.append("dropped " + (", ".join(f"{v} {k.replace('_', ' ')}" for k, v in dropped.items()) if dropped else "nothing"))
+    if totals.get("filtered") or totals.get("filter_passed"):
+        parts.append(filter_text(totals))
     return "; ".join(parts)
 
 

@@ -78,6 +78,12 @@ def tiny(value: Any) -> str:
     return f"{value:.1e}" if is_number(value) else "–"
 
 
+def filter_text(row: Mapping[str, Any]) -> str:
+    """What the dynamic filter did."""
+    passed = f" ({count(row['filter_passed'])} more passed, beyond dynamic_filter_max_waste)" if row.get("filter_passed") else ""
+    return f"filtered {count(row.get('filtered'))} groups{passed}"
+
+
 def bar(portion: Any, width: int, style: str) -> Text:
     """A bar of ``width`` cells in eighths of a cell."""
     filled = min(1.0, max(0.0, portion)) * width if is_number(portion) else 0.0
@@ -186,6 +192,8 @@ class RunPanel:
         if dropped:
             text = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sorted(dropped.items(), key=lambda item: -item[1]))
             lines.append(Text.assemble(("dropped  ", "yellow"), text))
+        if row.get("filtered") or row.get("filter_passed"):
+            lines.append(Text(filter_text(row)))
         if row.get("skipped_nonfinite"):
             lines.append(Text(f"skipped steps with non-finite gradients: {row['skipped_nonfinite']}", style="bold red"))
         return lines

@@ -225,7 +225,7 @@ def _free(port: int) -> bool:
 
 def check_sandbox() -> Finding:
     """How programs would be confined that areal.reward.code scores."""
-    from areal.reward.sandbox.client import SandboxError
+    from areal.reward.sandbox.judge import SandboxError
     from areal.reward.sandbox.levels import HINT, describe, namespaces_missing
 
     if missing := namespaces_missing():

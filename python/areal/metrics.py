@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from areal.types import Group
+
+if TYPE_CHECKING:
+    from areal.evaluation import Evaluation
 
 
 def staleness_of(groups: Sequence[Group], version: int) -> np.ndarray:
@@ -18,12 +21,16 @@ def staleness_of(groups: Sequence[Group], version: int) -> np.ndarray:
     return np.concatenate(ages) if ages else np.zeros(0, np.int32)
 
 
-def batch_row(groups: Sequence[Group], version: int) -> dict[str, Any]:
-    """The part of the row that is known from the batch alone: of episodes, whose lengths count loss tokens."""
+def batch_row(groups: Sequence[Group], version: int, trained: Sequence[Group] | None = None) -> dict[str, Any]:
+    """The part of the row that is known from the batch alone: of episodes, whose lengths count loss tokens.
+
+    ``trained``: the groups as they are trained on, where that is less; staleness and ``tokens_trained`` are theirs.
+    """
+    trained = groups if trained is None else trained
     episodes = [e for g in groups for e in g.episodes()]
     lengths = np.array([sum(t.loss_mask.sum() for t in e) for e in episodes])
     rewards = np.array([e[-1].reward for e in episodes])
-    ages = staleness_of(groups, version)
+    ages = staleness_of(trained, version)
     return {
         "reward": float(rewards.mean()),
         "accuracy": float((rewards > 0).mean()),
@@ -32,7 +39,7 @@ def batch_row(groups: Sequence[Group], version: int) -> dict[str, Any]:
         "truncated": float(np.mean([any(t.truncated for t in e) for e in episodes])),
         "staleness_mean": float(ages.mean()) if ages.size else 0.0,
         "staleness_max": int(ages.max()) if ages.size else 0,
-        "tokens_trained": int(lengths.sum()),
+        "tokens_trained": int(ages.size),
     }
 
 
@@ -62,7 +69,7 @@ class EngineMeter:
 
 @dataclass
 class RunTotals:
-    """Fills ``summary.json``; accuracy and length are None where no evaluation ran."""
+    """Fills ``summary.json``; accuracy, length and truncated are None where no evaluation ran."""
 
     accuracy_before: float | None = None
     accuracy_after: float | None = None
@@ -76,11 +83,32 @@ class RunTotals:
     tokens_generated: int = 0
     tokens_trained: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    filtered: int = 0
+    """Groups that rollout.dynamic_filter left out."""
+    filter_passed: int = 0
+    """Groups that it was against, trained on because of rollout.dynamic_filter_max_waste."""
+    truncated_masked: int = 0
+    """Sequences that actor.mask_truncated kept out of the loss."""
+    truncated_before: float | None = None
+    truncated_after: float | None = None
+    pass_at_k_before: dict[str, float] = field(default_factory=dict)
+    pass_at_k_after: dict[str, float] = field(default_factory=dict)
+    majority_at_k_before: dict[str, float] = field(default_factory=dict)
+    majority_at_k_after: dict[str, float] = field(default_factory=dict)
+
+    def add_evaluations(self, before: Evaluation | None, after: Evaluation | None) -> None:
+        if before is not None:
+            self.accuracy_before, self.length_before, self.truncated_before = before.accuracy, before.length, before.truncated
+            self.pass_at_k_before, self.majority_at_k_before = before.pass_at_k, before.majority_at_k
+        if after is not None:
+            self.accuracy_after, self.length_after, self.truncated_after = after.accuracy, after.length, after.truncated
+            self.pass_at_k_after, self.majority_at_k_after = after.pass_at_k, after.majority_at_k
 
     def add_step(self, row: Mapping[str, Any]) -> None:
         self.train_steps += 1
         self.max_staleness_trained = max(self.max_staleness_trained, row["staleness_max"])
         self.tokens_trained += row["tokens_trained"]
+        self.truncated_masked += row.get("truncated_masked", 0)
 
 
 def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:

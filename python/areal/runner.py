@@ -2,7 +2,8 @@
 
 Invariants: every admitted group is handed to the buffer exactly once, as ``put`` or as ``reject``, and its slot returns in the same
 moment; a group is put only when all its samples were scored; a dropped group is counted once, by the cause of the sample that failed
-first. A cancelled runner leaves no task and no unfinished group behind.
+first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner
+leaves no task and no unfinished group behind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 from areal.config import GRPOConfig
 from areal.generation_slots import EpisodeSlot, GenerationSlots, GroupSlot
+from areal.group_filter import GroupFilter
 from areal.inference.client import RequestRejected, RolloutClient, Route
 from areal.reward import RewardFailure
 from areal.reward.service import score_watch
@@ -160,6 +162,7 @@ class Runner:
         dataset: an iterator of rows, or a sequence (then its rows in shuffled epochs, without end).
         staleness, buffer: admission and destination; the version of both is ``client.acked_version``.
         drops: counts what is lost.
+        group_filter: which finished groups the buffer gets.
     """
 
     def __init__(
@@ -171,9 +174,11 @@ class Runner:
         staleness: Admission,
         buffer: GroupSink,
         drops: DropCounter | None = None,
+        group_filter: GroupFilter | None = None,
     ) -> None:
         self.config = config
         self.drops = drops if drops is not None else DropCounter()
+        self._filter = group_filter or GroupFilter()
         self._client = client
         self._workflow = workflow
         self._rows = _iterator(dataset, config.seed)
@@ -247,7 +252,8 @@ class Runner:
         else:
             self._dropped_in_a_row = 0
             sizes = [len(episode) for episode in episodes] if any(len(episode) > 1 for episode in episodes) else None
-            self._finish(group_id, Group(group_id, row, [t for episode in episodes for t in episode], sizes))
+            group = Group(group_id, row, [t for episode in episodes for t in episode], sizes)
+            self._finish(group_id, group if self._filter.wants(group) else None)
 
     def _finish(self, group_id: int, group: Group | None) -> None:
         self._unfinished.remove(group_id)

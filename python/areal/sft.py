@@ -235,12 +235,19 @@ class RolloutCheck:
         await self._cluster.weights.publish(0, announce=False)
 
     async def accuracy(self) -> float:
-        from areal.evaluation import evaluate
+        from areal.evaluation import EpisodeSlots, evaluate
 
         await self._cluster.weights.push()
         self._n_checks += 1
-        begin = time.time()
-        result = await evaluate(self._cluster.client, self._workflow, self._rows, seed=self._cluster.config.seed + self._n_checks)
+        begin, config = time.time(), self._cluster.config
+        result = await evaluate(
+            self._cluster.client,
+            self._workflow,
+            self._rows,
+            seed=config.seed + self._n_checks,
+            slots=EpisodeSlots(config),
+            episode_timeout=config.rollout.episode_timeout,
+        )
         self._cluster.stats.span("controller", "evaluation", begin, time.time())
         if result.accuracy is None:
             causes = ", ".join(f"{n} {cause}" for cause, n in result.failures.items())

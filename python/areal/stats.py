@@ -28,7 +28,7 @@ class StatsLogger:
 
     def __init__(self, run_dir: Path, config: GRPOConfig) -> None:
         self.run_dir = run_dir
-        self._last_step = 0
+        self.last_step = 0
         self._metrics = (run_dir / "metrics.jsonl").open("ab")
         self._warmup = (run_dir / "warmup.jsonl").open("ab")
         self._evaluations = (run_dir / "evaluations.jsonl").open("ab")
@@ -37,7 +37,7 @@ class StatsLogger:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One train step: the flat row of ``metrics.py``; its ``step`` counts finished steps, from 1."""
-        self._last_step = int(row["step"])
+        self.last_step = int(row["step"])
         self._write(self._metrics, row)
         self._timeline.flush()
         self._scalars("train", row)
@@ -47,9 +47,9 @@ class StatsLogger:
         self._write(self._warmup, row)
         self._scalars("warmup", row)
 
-    def evaluation(self, when: str, result: Evaluation) -> None:
-        """One evaluation; ``when`` is "before", "after" or "step N"."""
-        row = {"when": when, "step": self._last_step, **dataclasses.asdict(result)}
+    def evaluation(self, when: str, result: Evaluation, step: int) -> None:
+        """One evaluation; ``when`` is "before", "after" or "step N", ``step`` the last train step before it began."""
+        row = {"when": when, "step": step, **dataclasses.asdict(result)}
         self._write(self._evaluations, row)
         self._scalars("evaluation", row)
 
@@ -66,7 +66,7 @@ class StatsLogger:
     def summary(self, totals: Mapping[str, Any]) -> Path:
         """``summary.json``, whole or not at all: the fields of ``metrics.RunTotals``."""
         path = self.run_dir / "summary.json"
-        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in totals.items()}
+        row = _rounded(totals)
         part = path.with_suffix(".json.part")
         part.write_text(json.dumps(row, indent=2) + "\n")
         os.replace(part, path)
@@ -91,6 +91,11 @@ class StatsLogger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Four digits behind the point, in inner dicts too."""
+    return {k: round(v, 4) if isinstance(v, float) else _rounded(v) if isinstance(v, Mapping) else v for k, v in row.items()}
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

@@ -5,7 +5,7 @@ token by token, and exported as sequences to train on. Nothing here talks to a s
 """
 
 from areal.agent.endpoint import AgentEndpoint
-from areal.agent.tool_calls import ToolCall, hermes
 from areal.agent.workflow import AgentWorkflow
+from areal.tool_calls import ToolCall, hermes
 
 __all__ = ["AgentEndpoint", "AgentWorkflow", "ToolCall", "hermes"]

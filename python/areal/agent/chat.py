@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal.agent.openai_protocol import ApiError
-from areal.agent.tool_calls import ToolCall, hermes
+from areal.chat import ChatTemplateError, suffix_text, suffix_tokens
+from areal.tool_calls import ToolCall, hermes
 from areal.types import ModelResponse
 
 _MARK = f"ANSWER{secrets.token_hex(8)}"
@@ -151,11 +152,7 @@ class Chat:
         shown, content = _squash(shown), _squash(answer["content"])
         if not shown.startswith(content) or (shown != content and not answer.get("tool_calls")):
             return None
-        ids = self.encode_rest(rest)
-        # The template ends the turn. If the model has done so, it is not ended twice; if a limit cut the answer, the end is put in.
-        if ids and said.ids[-1] == ids[0] and (said.stopped or ids[0] in self._special):
-            del ids[0]
-        return said.ids + ids
+        return said.ids + suffix_tokens(self.tokenizer, said.ids, rest, stopped=said.stopped)
 
     def _around(
         self, after: str, messages: list[dict[str, Any]], said: Said, tools: list[dict[str, Any]] | None, options: dict[str, Any]
@@ -165,12 +162,13 @@ class Chat:
         answer: str = messages[at]["content"]
         if answer and not messages[at].get("tool_calls") and after.startswith(answer):
             return answer, after[len(answer) :]
-        before, marked = messages[:at], {"role": "assistant", "content": _MARK}
+        before = messages[:at]
         try:
-            _, mark, rest = self.render([*before, marked, *messages[at + 1 :]], tools, options).rpartition(_MARK)
-            return (after[: len(after) - len(rest)], rest) if mark and after.endswith(rest) else None
-        except ApiError:
+            rest = suffix_text(self.tokenizer, messages[at + 1 :], history=before, tools=tools, **(self._options | options))
+            return (after[: len(after) - len(rest)], rest) if after.endswith(rest) else None
+        except ChatTemplateError:
             pass  # a template may insist that a tool's result follows a call
+        marked = {"role": "assistant", "content": _MARK}
         try:
             until = self.render([*before, messages[at]], tools, options, generate=False)
             _, mark, end = self.render([*before, marked], tools, options, generate=False).rpartition(_MARK)

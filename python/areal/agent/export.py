@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from areal.agent.session import Turn
+from areal.evaluation_scores import answer_class
 from areal.reward import RewardFailure
 from areal.reward.worker import BadScore, check_score
 
@@ -111,5 +112,5 @@ def _sequence(chain: Sequence[Turn], trained: set[Turn], reward: float) -> dict[
         "versions": versions,
         "rewards": reward,
         "truncated": truncated,
-        "final_answer": last.text,
+        "final_answer": answer_class(last.text),
     }

@@ -18,12 +18,14 @@ class HttpClients:
         self._module = _httpx()
         self._asynchronous: Any = None
         self._synchronous: Any = None
+        self._holder: asyncio.Task[None] | None = None
 
     @property
     def asynchronous(self) -> Any:
         """``httpx.AsyncClient``, for agents on the event loop."""
         if self._asynchronous is None and self._module is not None:
             self._asynchronous = _asynchronous(self._module.AsyncClient)(**self._options())
+            self._hold()
         return self._asynchronous
 
     @property
@@ -31,16 +33,30 @@ class HttpClients:
         """``httpx.Client``, for agents in threads."""
         if self._synchronous is None and self._module is not None:
             self._synchronous = _synchronous(self._module.Client)(**self._options())
+            self._hold()
         return self._synchronous
 
     async def aclose(self) -> None:
-        """Closes them in earnest; new ones are made when they are asked for."""
-        asynchronous, self._asynchronous = self._asynchronous, None
-        synchronous, self._synchronous = self._synchronous, None
-        if asynchronous is not None:
-            await asynchronous.really_close()
-        if synchronous is not None:
-            synchronous.really_close()
+        """Closes them in earnest, as the end of the event loop does; new ones are made when they are asked for."""
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.cancel()
+            await asyncio.wait({holder})
+
+    def _hold(self) -> None:
+        if self._holder is None:
+            self._holder = asyncio.get_running_loop().create_task(self._until_cancelled(), name="http clients of agents")
+
+    async def _until_cancelled(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            asynchronous, self._asynchronous = self._asynchronous, None
+            synchronous, self._synchronous = self._synchronous, None
+            if synchronous is not None:
+                synchronous.really_close()
+            if asynchronous is not None:
+                await asynchronous.really_close()
 
     def _options(self) -> dict[str, Any]:
         assert self._module is not None

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from areal.agent.openai_protocol import Call
-from areal.agent.tool_calls import ToolCall
+from areal.tool_calls import ToolCall
 
 
 @dataclass(slots=True)

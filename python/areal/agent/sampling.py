@@ -17,10 +17,10 @@ class SamplingRules:
     Args:
         gconfig: settings where a request has none.
         training: False = for evaluation, every setting is honoured.
-        max_context: longest prompt and answer in tokens; None = the server says so, by refusing.
+        max_context: longest prompt and answer in tokens; 0 = the server says so, by refusing.
     """
 
-    def __init__(self, gconfig: GenerationConfig, *, training: bool = True, max_context: int | None = None) -> None:
+    def __init__(self, gconfig: GenerationConfig, *, training: bool = True, max_context: int = 0) -> None:
         self._gconfig = gconfig.new(n_samples=1)
         self._training = training
         self._max_context = max_context

@@ -69,7 +69,7 @@ class Session:
     failure: asyncio.Future[Exception] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """What ends the episode, or the run, whatever the agent makes of it."""
     refusal: ApiError | None = None
-    """Why the last call that got no answer was refused."""
+    """Why the newest call was refused; None = it was answered."""
     _calls: int = 0
     _by_key: dict[bytes, Turn] = field(default_factory=dict)
     """Chat turns by the conversation up to their answer."""
@@ -90,7 +90,9 @@ class Session:
             raise _gone()
         self._running.add(task)
         try:
-            return await self._answer(call)
+            answer = await self._answer(call)
+            self.refusal = None
+            return answer
         except ApiError as error:
             self.refusal = error
             raise

@@ -18,10 +18,10 @@ from areal.agent.export import Style, export
 from areal.agent.http_clients import http_clients
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
-from areal.agent.tool_calls import ToolCall, hermes
 from areal.config import ConfigError, GenerationConfig
 from areal.reward.service import is_async
 from areal.run_folder import load_tokenizer
+from areal.tool_calls import ToolCall, hermes
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class AgentWorkflow:
         export_style: ``concat`` = turns that extend one another are one sequence; ``individual`` = each turn is one (see ``export.py``).
         turn_discount: see ``export``.
         training: False = for evaluation: requests may set temperature, top_p and top_k.
-        max_context: longest prompt + answer in tokens; None = the server's, which then refuses what is longer.
+        max_context: longest prompt + answer in tokens; 0 = the server's, which then refuses what is longer.
         enable_thinking: handed to the chat template; None = the template's own default.
         tool_parser: how tool calls are read out of an answer.
         host, port: what the endpoint listens on; port 0 = a free one.
@@ -62,7 +62,7 @@ class AgentWorkflow:
         export_style: Style = "concat",
         turn_discount: float = 1.0,
         training: bool = True,
-        max_context: int | None = None,
+        max_context: int = 0,
         enable_thinking: bool | None = None,
         tool_parser: Callable[[str], tuple[str, list[ToolCall]]] = hermes,
         host: str = "127.0.0.1",

@@ -6,6 +6,7 @@ gamma = lambda = 1 and no critic, so every loss token of a sample carries the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,18 +14,19 @@ from numpy.typing import NDArray
 
 from areal.config import ActorConfig, NormConfig
 from areal.ops.normalize_advantages import normalize_advantages
-from areal.types import Group
+from areal.types import Group, Trajectory
 
 
-def compute_advantages(groups: Sequence[Group], config: ActorConfig) -> list[list[NDArray[np.float32]]]:
+def compute_advantages(groups: Sequence[Group], config: ActorConfig, max_new_tokens: int) -> list[list[NDArray[np.float32]]]:
     """float32 [L] for every sample of every group: its advantage on loss tokens, 0 elsewhere.
 
-    The reward r becomes (r + reward_bias) * reward_scaling, then is normalised by ``reward_norm`` over its group or the batch, in which
+    With ``overlong_reward_penalty`` the reward first becomes less by ``overlong_penalty`` of the sample's longest answer, where
+    ``max_new_tokens`` is the most an answer could have. The reward r then becomes (r + reward_bias) * reward_scaling, and is normalised by ``reward_norm`` over its group or the batch, in which
     every episode counts once, however many sequences it has; the result is normalised by ``adv_norm`` over the loss tokens of the batch.
     Whatever is normalised over a set of equal values gives 0 there: such a group or batch does not say which answer is better.
     ``ValueError`` for an empty group or a reward that is not finite.
     """
-    rewards = [_scaled_rewards(group, config) for group in groups]
+    rewards = [_shaped_rewards(group, config, max_new_tokens) for group in groups]
     if config.reward_norm is not None:
         rewards = _over_episodes(groups, rewards, config.reward_norm)
     if config.adv_norm is not None:
@@ -36,12 +38,44 @@ def compute_advantages(groups: Sequence[Group], config: ActorConfig) -> list[lis
     ]
 
 
-def _scaled_rewards(group: Group, config: ActorConfig) -> NDArray[np.float64]:
+def without_truncated(groups: Sequence[Group]) -> tuple[list[Group], int]:
+    """The groups with no loss on sequences that have a truncated answer (``actor.mask_truncated``), and how many those are.
+
+    Their rewards stay, and count in normalisation as those of any other: what the others of a group are compared with does not change.
+    """
+    n = sum(t.truncated for group in groups for t in group.trajectories)
+    if not n:
+        return list(groups), 0
+    return [replace(group, trajectories=[_masked(t) if t.truncated else t for t in group.trajectories]) for group in groups], n
+
+
+def _masked(trajectory: Trajectory) -> Trajectory:
+    return replace(trajectory, loss_mask=np.zeros_like(trajectory.loss_mask), logprobs=np.zeros_like(trajectory.logprobs))
+
+
+def longest_answer(trajectory: Trajectory) -> int:
+    """Tokens of the longest answer that is trained on: a sequence of several turns or calls has several, of which each could have had
+    ``max_new_tokens``. An answer is a stretch that a policy sampled without a break, its over-age tokens included."""
+    edges = np.flatnonzero(np.diff(trajectory.versions >= 0, prepend=False, append=False)).reshape(-1, 2)
+    return max((int(end - begin) for begin, end in edges if trajectory.loss_mask[begin:end].any()), default=0)
+
+
+def overlong_penalty(length: int, max_new_tokens: int, overlong_tokens: int, factor: float) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), times ``factor``: 0 for answers that leave ``overlong_tokens`` of
+    ``max_new_tokens`` unused, from there on linear down to ``-factor``."""
+    into_the_tail = length - (max_new_tokens - overlong_tokens)
+    return -factor * min(1.0, max(0.0, into_the_tail / overlong_tokens))
+
+
+def _shaped_rewards(group: Group, config: ActorConfig, max_new_tokens: int) -> NDArray[np.float64]:
     rewards = np.array([t.reward for t in group.trajectories], np.float64)
     if not rewards.size:
         raise ValueError(f"group {group.group_id} has no samples")
     if not np.isfinite(rewards).all():
         raise ValueError(f"group {group.group_id} has the rewards {rewards.tolist()}; they must be finite")
+    if config.overlong_reward_penalty:
+        tail, factor = config.overlong_tokens, config.overlong_penalty_factor
+        rewards += [overlong_penalty(longest_answer(t), max_new_tokens, tail, factor) for t in group.trajectories]
     return (rewards + config.reward_bias) * config.reward_scaling
 
 

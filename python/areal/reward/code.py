@@ -6,10 +6,11 @@ import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from areal.reward.code_tests import read_tests
-from areal.reward.sandbox.client import ForkServer, Outcome, TestProgram, fork_server
+from areal.reward.sandbox.client import ForkServer, fork_server
+from areal.reward.sandbox.judge import Outcome, TestProgram
 from areal.reward.sandbox.levels import describe_server
 from areal.reward.sandbox.limits import Isolation, Limits
 
@@ -22,7 +23,11 @@ _told: set[str] = set()
 
 
 def extract_code(completion: str) -> str:
-    """The last fenced block that is marked as Python, else the last plain one, else the whole text; the last may be without its end."""
+    """The last fenced block that is marked as Python, else the last plain one, else the whole text; the last may be without its end.
+
+    Thinking does not count: only what follows the last ``</think>``.
+    """
+    completion = completion.rpartition("</think>")[2]
     python = plain = None
     opened, language, lines = "", "", list[str]()
     for line in [*completion.splitlines(keepends=True), None]:
@@ -52,6 +57,10 @@ class CodeReward:
 
     isolation: Isolation = "auto"
     limits: Limits | None = None
+
+    def __post_init__(self) -> None:
+        if self.isolation not in get_args(Isolation):
+            raise ValueError(f"CodeReward's isolation={self.isolation!r} is not one of {', '.join(get_args(Isolation))}")
 
     def __call__(
         self,

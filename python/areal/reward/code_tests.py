@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from areal.reward.sandbox.client import Case, TestProgram
+from areal.reward.sandbox.judge import Case, TestProgram
 from areal.reward.sandbox.snapshot import PREIMPORTED
 
 _BUILTINS = frozenset(
@@ -31,7 +31,7 @@ def read_tests(tests: Any, row: Mapping[str, Any]) -> TestProgram | list[Case]:
     """What the columns of a row mean.
 
     Args:
-        tests: the text of a test program, a list of {"stdin", "stdout"}, or such a list as JSON.
+        tests: the text of a test program (or a list of its parts), a list of {"stdin", "stdout"}, or such a list as JSON.
         row: ``entry_point``: the function that a HumanEval test's ``check`` is called with; ``test_list``, ``test_setup_code``,
             ``test_imports``: asserts as MBPP has them, where there is no ``tests``.
 
@@ -46,6 +46,8 @@ def read_tests(tests: Any, row: Mapping[str, Any]) -> TestProgram | list[Case]:
             tests = json.loads(tests)
         except ValueError:
             pass  # a test program may begin with a list
+    if isinstance(tests, list) and tests and all(isinstance(part, str) for part in tests):
+        tests = "\n".join(tests)
     if isinstance(tests, str):
         entry_point = row.get("entry_point")
         if not tests.strip():
@@ -79,6 +81,7 @@ def _compile(text: str, entry_point: str | None) -> TestProgram:
                 if not entry_point.isidentifier() or keyword.iskeyword(entry_point):
                     raise ValueError(f"the row's 'entry_point' is {entry_point!r}, not the name of a function")
                 tree.body += ast.parse(f"check({entry_point})").body
+            tree.body += ast.parse(_forgotten_calls(tree)).body
             names = _Names(tree)
             subject = {entry_point} if names.free or entry_point is not None else names.builtins
             true_names = {f"__true_{name}__": name for name in sorted(names.builtins - subject)}
@@ -94,6 +97,24 @@ def _wants_check(tree: ast.Module) -> bool:
     defines = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
     calls = any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check" for node in ast.walk(tree))
     return defines and not calls
+
+
+def _forgotten_calls(tree: ast.Module) -> str:
+    """Tests that a runner like pytest would find and call: a program that only defines them would pass whatever it is about."""
+    called = {name for node in ast.walk(tree) if isinstance(node, ast.Call) and (name := _last_name(node.func))}
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    lines = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test") and node.name not in read and not ast.unparse(node.args):
+            lines.append(f"{node.name}()")
+    cases = any(isinstance(node, ast.ClassDef) and any(_last_name(base).endswith("TestCase") for base in node.bases) for node in tree.body)
+    if cases and not called & {"main", "run", "TextTestRunner", "debug"}:
+        lines.append("import unittest\nunittest.main()")
+    return "\n".join(lines)
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 class _Names:
@@ -182,7 +203,7 @@ class _Guard(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        name = _last_name(node.func)
         self.generic_visit(node)
         if name.startswith("assert"):
             node.args = [operand if isinstance(operand, ast.Starred) else _look(operand) for operand in node.args]

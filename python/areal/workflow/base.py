@@ -16,8 +16,8 @@ from areal.reward.address import is_service
 from areal.reward.http import HTTPReward
 from areal.types import ModelRequest, ModelResponse, Trajectory
 
-FATAL = (ServerDied, ProtocolError, RewardServiceError)
-"""What ends a run instead of one episode."""
+FATAL = (ServerDied, ProtocolError, RewardServiceError, ConfigError)
+"""What ends a run instead of one episode. A mistake in the configuration would be found again by every episode."""
 _KEYS = ("input_ids", "loss_mask", "logprobs", "versions")
 
 

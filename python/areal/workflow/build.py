@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
-from areal.config_check import longest_context
 from areal.reward.address import is_service
 from areal.reward.http import HTTPReward
 from areal.workflow.base import RolloutWorkflow, import_object
@@ -74,12 +75,31 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
         "gconfig": (evaluation and config.evaluator.gconfig) or config.gconfig,
         "tokenizer": tokenizer,
         "max_prompt_len": dataset.max_prompt_len,
-        "max_context": longest_context(config, evaluation=evaluation),
+        "isolation": config.reward.isolation,
+        "max_context": _longest_context(config, evaluation),
         "training": not evaluation,
     }
     if "reward_fn" in takes and "reward_fn" not in config.workflow_kwargs:
         has["reward_fn"] = reward_function(config)
     return {name: value for name, value in has.items() if name in takes}
+
+
+def _longest_context(config: GRPOConfig, evaluation: bool) -> int:
+    """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; 0 = not known."""
+    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
+    if not evaluation:
+        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=0)
+
+
+def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ class MultiTurnWorkflow:
             returns one of these or None, or its import path as package.module:name. ``turn`` counts from 1. An async function runs on
             the event loop, any other in a reward worker; one that fails drops the group, cause feedback_failed.
         feedback_timeout: seconds for a feedback function; None = that of the reward service.
-        max_context: tokens of the whole sequence at most; None = no bound here.
+        max_context: tokens of the whole sequence at most; 0 = no bound here.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MultiTurnWorkflow:
         feedback: Reply | Callable[..., Any] = FEEDBACK,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
-        max_context: int | None = None,
+        max_context: int = 0,
         reward_timeout: float | None = None,
         feedback_timeout: float | None = None,
     ) -> None:
@@ -66,15 +66,23 @@ class MultiTurnWorkflow:
         self._reward = AsyncRewardWrapper(reward_callable(reward_fn, reward_timeout), reward_timeout)
 
     def _check_feedback(self, feedback: Reply) -> None:
-        for is_chat in {False, bool(self._prompts.tokenizer.chat_template)}:
+        tokenizer = self._prompts.tokenizer
+        for is_chat in {False, bool(tokenizer.chat_template)}:
             try:
-                fits = bool(self._prompts.reply(feedback, [], is_chat=is_chat))
+                ids = self._prompts.reply(feedback, [], is_chat=is_chat)
             except Exception as error:  # tokenizers raises bare Exception
                 raise ConfigError(
                     f"the feedback of MultiTurnWorkflow cannot be tokenized ({error})", "set feedback to another text"
                 ) from error
-            if not fits:
+            if not ids:
                 raise ConfigError("the feedback of MultiTurnWorkflow is empty", "give a text, or max_turns=1")
+            # Some tokenizers leave out what they have no token for.
+            lost = set(feedback) - set(tokenizer.decode(ids)) - set(" \t\n") if isinstance(feedback, str) and feedback.isascii() else set()
+            if lost:
+                raise ConfigError(
+                    f"the tokenizer has no tokens for {''.join(sorted(lost))!r} in the feedback of MultiTurnWorkflow",
+                    "set workflow_kwargs.feedback to a text of its characters",
+                )
 
     async def arun_episode(self, engine: GenerationEngine, data: dict[str, Any]) -> dict[str, Any]:
         """The dict of ``to_trajectory``, flat numpy arrays.

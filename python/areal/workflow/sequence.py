@@ -17,12 +17,12 @@ class TokenSequence:
     """Tokens with what ``to_trajectory`` wants of each.
 
     Args:
-        max_context: tokens it may have at most, those of its answers included; None = no bound here.
+        max_context: tokens it may have at most, those of its answers included; 0 = no bound here.
     """
 
     __slots__ = ("ids", "logprobs", "loss_mask", "max_context", "n_prompt", "truncated", "versions")
 
-    def __init__(self, prompt_ids: Sequence[int], max_context: int | None = None) -> None:
+    def __init__(self, prompt_ids: Sequence[int], max_context: int = 0) -> None:
         self.ids = list(prompt_ids)
         self.n_prompt = len(self.ids)
         self.loss_mask = [False] * self.n_prompt
@@ -40,7 +40,7 @@ class TokenSequence:
     @property
     def room(self) -> int | None:
         """Tokens it may still get; None = any number."""
-        return None if self.max_context is None else max(0, self.max_context - len(self.ids))
+        return max(0, self.max_context - len(self.ids)) if self.max_context else None
 
     async def generate(self, engine: GenerationEngine, gconfig: GenerationConfig) -> ModelResponse:
         """An answer to all tokens so far, of ``gconfig.max_new_tokens`` or what room there is. It is not appended yet."""

@@ -9,6 +9,7 @@ from typing import Any
 from areal.chat import ChatTemplateError
 from areal.config import ConfigError, GenerationConfig
 from areal.reward import AsyncRewardWrapper
+from areal.reward.sandbox.limits import Isolation
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object, reward_callable
 from areal.workflow.prompt import Prompt, PromptEncoder
 from areal.workflow.sequence import TokenSequence, shorter, tokens_to_stop
@@ -33,7 +34,8 @@ class ToolWorkflow:
         max_calls: calls of an episode at most.
         tool_timeout: seconds for a call of a tool that does not say its own.
         max_result_chars: longer results are told without their middle.
-        max_context: tokens of the whole sequence at most; None = no bound here.
+        max_context: tokens of the whole sequence at most; 0 = no bound here.
+        isolation: of the tool "python", as in ``CodeReward``.
     """
 
     def __init__(
@@ -48,14 +50,15 @@ class ToolWorkflow:
         max_result_chars: int = 4000,
         enable_thinking: bool | None = None,
         max_prompt_len: int | None = None,
-        max_context: int | None = None,
+        max_context: int = 0,
         reward_timeout: float | None = None,
+        isolation: Isolation = "auto",
     ) -> None:
         if max_calls < 1 or not tools:
             raise ConfigError(
                 f"ToolWorkflow has {len(tools)} tools and max_calls={max_calls}: nothing can be called", "give both, or RLVRWorkflow"
             )
-        self.tools = by_name([_tool(tool) for tool in tools])
+        self.tools = by_name([_tool(tool, isolation, tool_timeout) for tool in tools])
         self.format = _format(format)
         self.max_calls, self.tool_timeout, self.max_result_chars, self.max_context = max_calls, tool_timeout, max_result_chars, max_context
         stops = [stop for stop in self.format.stop if stop not in gconfig.stop]
@@ -90,8 +93,8 @@ class ToolWorkflow:
         """The dict of ``to_trajectory``, flat numpy arrays.
 
         Raises:
-            EpisodeDropped: no prompt in the row, or too long a one; a tool killed its process (tool_died), or a result cannot be tokenized
-                (tool_result).
+            EpisodeDropped: no prompt in the row, or too long a one; a tool could not be asked (tool_failed), or its result cannot be
+                tokenized (tool_result).
             RewardFailure: the answer could not be scored.
         """
         prompt = self._prompts.encode(data)
@@ -160,9 +163,9 @@ class ToolWorkflow:
             raise EpisodeDropped("tool_result", f"a result cannot be tokenized ({error}): {str(reply)[:80]!r}") from error
 
 
-def _tool(tool: Any) -> Tool:
+def _tool(tool: Any, isolation: Isolation, timeout: float) -> Tool:
     if tool == "python":
-        return python_tool()
+        return python_tool(isolation, timeout)
     if isinstance(tool, str):
         tool = import_object("tools", tool)
     return tool if isinstance(tool, Tool) else Tool(getattr(tool, "__name__", type(tool).__name__), tool)

@@ -142,12 +142,12 @@ class _Assembler:
         self.code += body.code
 
 
-def seccomp_program(*, forks: bool = True, only_signals: int | None = None) -> bytes:
+def seccomp_program(alone: int | None = None) -> bytes:
     """The filter.
 
     Args:
-        forks: whether processes may be started (threads always may).
-        only_signals: the process id that alone may be sent signals or given limits; None = all that it sees.
+        alone: the id of a process that may start threads but no processes, send signals to itself only and open no socket at all:
+            where no namespace keeps it from others. None: one in namespaces.
 
     Raises:
         OSError: no table for this architecture.
@@ -171,13 +171,13 @@ def seccomp_program(*, forks: bool = True, only_signals: int | None = None) -> b
     for number in _UNKNOWN_TO_OLD_KERNELS.values():
         asm.refuse(number, errno.ENOSYS)
     clone = [(_JUMP_ANY_BIT, _NEW_NAMESPACE, _ERRNO | errno.EPERM, -1)]
-    if not forks:
+    if alone is None:
+        asm.argument(_SOCKET[MACHINE], [(_JUMP_EQUAL, _AF_UNIX, -1, _ERRNO | errno.EACCES)])
+    else:
         clone.append((_JUMP_ANY_BIT, _CLONE_THREAD, -1, _ERRNO | errno.EPERM))
-        for number in _FORKS[MACHINE]:
+        for number in (*_FORKS[MACHINE], _SOCKET[MACHINE]):
             asm.refuse(number, errno.EPERM)
-    if only_signals is not None:
-        _refuse_reaching_others(asm, only_signals)
-    asm.argument(_SOCKET[MACHINE], [(_JUMP_EQUAL, _AF_UNIX, -1, _ERRNO | errno.EACCES)])
+        _refuse_reaching_others(asm, alone)
     asm.argument(_CLONE[MACHINE], clone)
     asm.answer(_ALLOW)
     return b"".join(asm.code)
@@ -191,11 +191,17 @@ def _refuse_reaching_others(asm: _Assembler, pid: int) -> None:
     asm.argument(_PRLIMIT[MACHINE], [(_JUMP_EQUAL, pid, _ALLOW, -1), (_JUMP_EQUAL, 0, -1, _ERRNO | errno.EPERM)])
 
 
-def install_seccomp(program: bytes) -> None:
-    """For this process and all that it starts; needs no_new_privs."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
-    prctl(PR_SET_SECCOMP, 2, ctypes.cast(header, ctypes.c_void_p))
+class Seccomp:
+    """A filter ready to be installed: by the fork server for all programs, since making the buffers takes as long as installing them."""
+
+    def __init__(self, program: bytes) -> None:
+        self._code = ctypes.create_string_buffer(program, len(program))
+        self._header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(self._code)))
+        self._pointer = ctypes.cast(self._header, ctypes.c_void_p)
+
+    def install(self) -> None:
+        """For this process and all that it starts; needs no_new_privs."""
+        prctl(PR_SET_SECCOMP, 2, self._pointer)
 
 
 # Landlock's rights: which came with which version of its interface (ABI).

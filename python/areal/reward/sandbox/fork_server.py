@@ -1,15 +1,17 @@
 """The fork server: a small interpreter with the usual modules in memory, of which every program is a confined fork.
 
-Who waits on whom: the judge (client.py) sends one request at a time with two descriptors, the program's channel to it and the program's
+Who waits on whom: the judge (judge.py) sends one request at a time with two descriptors, the program's channel to it and the program's
 output; this process forks, watches the limits, ends the program when one is exceeded, when it has ended by itself or when the judge says
 stop, and answers with how it ended. The program's source and its tests never pass through here.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import marshal
 import os
+import resource
 import select
 import signal
 import socket
@@ -27,7 +29,7 @@ _FIRST_LOOK = 0.02
 _LOOK_EVERY = 0.05
 _MAX_REQUEST = 4096
 _CHANNEL = 1000
-"""A program's end of the channel is at or above this number, out of the way of programs that count on low ones."""
+"""A program's end of the channel is at this number or above, if it may be, out of the way of programs that count on low ones."""
 
 
 class Cell(Protocol):
@@ -156,9 +158,8 @@ def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limit
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        import fcntl
-
-        high = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, _CHANNEL)
+        highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1
+        high = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, min(_CHANNEL, highest))
         kind, source, stdin, nonce, modules = marshal.loads(read_frame(high))
         _standard_streams(output, stdin)
         os.closerange(3, high)
@@ -168,9 +169,12 @@ def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limit
     except BaseException as error:  # before anything of the program has run: a fault of the sandbox
         os.write(channel, FAULT + f"{type(error).__name__}: {error}".encode())
         os._exit(1)
-    if kind == "case":
-        run_case(high, source)
-    run_tests(high, source, nonce, modules, snapshot)
+    try:
+        if kind == "case":
+            run_case(high, source)
+        run_tests(high, source, nonce, modules, snapshot)
+    finally:  # whatever got past the harness must not come back into the server's loop
+        os._exit(1)
 
 
 def _standard_streams(output: int, stdin: bytes) -> None:

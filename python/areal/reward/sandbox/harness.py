@@ -1,6 +1,6 @@
 """What runs in a program's process: the completion, and then its tests.
 
-Who waits on whom: the judge (client.py) has sent the completion; it sends the tests, and a token, only after it was told that the
+Who waits on whom: the judge (judge.py) has sent the completion; it sends the tests, and a token, only after it was told that the
 completion's own body has run to its end, and it takes the token, sent back once the whole test program has run, as the only proof of a
 pass. How the process ends means nothing. Whatever else arrives at the judge is a failed test.
 """
@@ -134,7 +134,8 @@ class _UnittestEnded(BaseException):
 def _recording_main(verdicts: list[bool]) -> type[unittest.TestProgram]:
     class RecordingProgram(unittest.TestProgram):
         def runTests(self) -> None:
-            ends, self.exit = self.exit, False
+            ends = self.__dict__["exit"]
+            self.exit = False
             super().runTests()
             verdicts.append(_successful(self.result))
             if ends:

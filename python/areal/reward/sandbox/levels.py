@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from .client import ForkServer, LevelMissing, SandboxError, start
+from .client import ForkServer, start
+from .judge import LevelMissing
 from .limits import Isolation
 
 HINT = (

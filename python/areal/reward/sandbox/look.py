@@ -7,6 +7,7 @@ compared with things made this moment, which nothing honest equals.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator
 from os import urandom
 from typing import Any
 
@@ -14,6 +15,7 @@ from .snapshot import Snapshot
 
 _PLAIN = frozenset((int, float, str, bool, bytes, complex, type(None), type, range, bytearray, type(...), type(NotImplemented), object))
 _CONTAINERS = frozenset((list, tuple, set, frozenset, dict, deque, defaultdict, OrderedDict, Counter))
+_SEQUENCES = (list, tuple, set, frozenset, deque)
 _MAX_DEPTH = 50
 _MAX_OBJECTS = 1_000_000
 
@@ -51,7 +53,7 @@ class Look:
             for key, item in dict.items(value):
                 self._look(key, depth + 1)
                 self._look(item, depth + 1)
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        elif isinstance(value, _SEQUENCES):
             for item in _plain_items(value):
                 if type(item) not in _PLAIN:
                     self._look(item, depth + 1)
@@ -78,9 +80,7 @@ def _says_yes(method: Any, value: Any, other: Any) -> bool:
         return False
 
 
-def _plain_items(value: Any) -> Any:
+def _plain_items(value: Any) -> Iterator[Any]:
     """Its items, whatever ``__iter__`` a subclass has."""
-    for kind in (list, tuple, set, frozenset, deque):
-        if isinstance(value, kind):
-            return kind.__iter__(value)
-    return ()
+    kind: Any = next(kind for kind in _SEQUENCES if isinstance(value, kind))
+    return kind.__iter__(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 
-from .filters import install_seccomp, restrict_files, seccomp_program
+from .filters import Seccomp, restrict_files, seccomp_program
 from .limits import Level, Limits
 from .rlimit import become, private_user, set_limits
 from .syscalls import (
@@ -61,7 +61,7 @@ class NamespaceCell:
 
     def __init__(self) -> None:
         self.notes: list[str] = [] if landlock_abi() else ["no Landlock"]
-        self._seccomp = seccomp_program()
+        self._seccomp = Seccomp(seccomp_program())
         self._is_root = os.geteuid() == 0
         paths = readable_paths()
         _new_namespaces(self._is_root)
@@ -92,8 +92,8 @@ class NamespaceCell:
         drop_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         os.chdir(WORK)
-        restrict_files(["/"], [WORK], DEVICES)
-        install_seccomp(self._seccomp)
+        restrict_files(["/"], [WORK], ["/dev"])
+        self._seccomp.install()
 
     def folder(self) -> str:
         return WORK

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 
-from .filters import install_seccomp, restrict_files, seccomp_program
+from .filters import Seccomp, restrict_files, seccomp_program
 from .limits import Level, Limits
 from .syscalls import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, drop_capabilities, landlock_abi, prctl
 from .view import DEVICES, readable_paths
@@ -116,9 +116,10 @@ class RlimitCell:
             drop_capabilities()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         os.chdir(self._folder)
+        tempfile.tempdir = None  # ours; the program's is this folder
         restrict_files(self._paths, [self._folder], [d for d in DEVICES if os.path.exists(d)])
         if self._seccomp:
-            install_seccomp(seccomp_program(forks=False, only_signals=os.getpid()))
+            Seccomp(seccomp_program(os.getpid())).install()
 
     def folder(self) -> str:
         return self._folder

@@ -74,7 +74,11 @@ PREIMPORTED = (
 
 _CHANGEABLE = 1 << 8 | 1 << 9  # type flags: immutable, on the heap
 _NOT_OURS_TO_SET = frozenset(("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"))
-_ALWAYS = ("builtins", "sys", "operator")
+_SYS = (
+    *("__displayhook__", "__excepthook__", "__stderr__", "__stdin__", "__stdout__", "displayhook", "excepthook", "unraisablehook"),
+    *("argv", "meta_path", "modules", "path", "path_hooks", "stderr", "stdin", "stdout", "exit"),
+)
+"""Of ``sys`` by default; all of it only for tests that use it. Every object that is touched costs the copy of a page."""
 _Function = types.FunctionType
 
 
@@ -130,6 +134,8 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[str]) -> None:
         self._modules: dict[str, _Module] = {}
+        self._inside: dict[str, list[str]] = {}
+        self._interpreter = {name: getattr(sys, name) for name in _SYS}
         for name in modules:
             self.add(name)
 
@@ -140,12 +146,15 @@ class Snapshot:
             ImportError: it cannot be imported.
         """
         importlib.import_module(name)
+        self._inside[name] = []
         for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
             if loaded not in self._modules and type(sys.modules[loaded]) is types.ModuleType:
                 self._modules[loaded] = _Module(sys.modules[loaded])
+            if loaded in self._modules:
+                self._inside[name].append(loaded)
 
     def has(self, name: str) -> bool:
-        return name in self._modules
+        return name in self._inside
 
     def knows(self, kind: type) -> bool:
         """Whether a class was one of these modules' before the program ran."""
@@ -155,15 +164,15 @@ class Snapshot:
     def restorer(self, used: Iterable[str]) -> Callable[[], None]:
         """What puts back the modules ``used``, with those inside them, and the interpreter's own. It looks up no name that a program
         could have changed before it has put back the builtins."""
-        roots = {*_ALWAYS, *used}
-        chosen = [module for name, module in self._modules.items() if name in roots or any(name.startswith(root + ".") for root in roots)]
+        chosen = [self._modules[name] for root in dict.fromkeys(used) for name in self._inside.get(root, ())]
         settrace, setprofile, collector = sys.settrace, sys.setprofile, gc.callbacks
-        own, saved_builtins = vars(builtins), self._modules["builtins"].saved_names
+        names = [(vars(builtins), self._modules["builtins"].saved_names), (vars(sys), self._interpreter)]
 
         def restore() -> None:
             settrace(None)
             setprofile(None)
-            own.update(saved_builtins)
+            for live, saved in names:
+                live.update(saved)
             collector.clear()
             for module in chosen:
                 module.restore()

@@ -21,20 +21,20 @@ _SYSTEM = (
     "/etc/ld.so.cache",
     "/etc/localtime",
 )
-_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
+_PACKAGE_FOLDERS = ("lib-dynload", "site-packages", "dist-packages")
+_STANDARD = sysconfig.get_path("stdlib")
 
 
 def import_path() -> list[str]:
     """``sys.path`` of programs: the standard library and installed packages, no folders of projects."""
-    standard = [sysconfig.get_path("stdlib"), os.path.join(sysconfig.get_path("platstdlib"), "lib-dynload")]
-    return [p for p in dict.fromkeys(sys.path) if p in standard or (os.path.basename(p) in _PACKAGE_FOLDERS and os.path.isdir(p))]
+    return [p for p in dict.fromkeys(sys.path) if p == _STANDARD or (os.path.basename(p) in _PACKAGE_FOLDERS and os.path.isdir(p))]
 
 
 def readable_paths() -> list[str]:
     """Files and folders that programs may read, none of them inside another; symbolic links are given as they are."""
     wide = {"/", "/usr", "/usr/local", "/home", "/root", "/opt", os.path.expanduser("~"), site.getuserbase()}
     own = [p for p in (sys.base_prefix, sys.base_exec_prefix) if p not in wide]
-    paths = [*_SYSTEM, *own, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *import_path()]
+    paths = [*_SYSTEM, *own, _STANDARD, *import_path()]
     found: list[str] = []
     for path in sorted({os.path.normpath(p) for p in paths if os.path.exists(p)}):
         if not any(is_inside(path, other) for other in found):

@@ -16,12 +16,13 @@ like ``8*6=`` and whose result goes behind the sign:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from areal.workflow.tools.tool import ToolCall
+from areal.tool_calls import ToolCall, hermes_calls
 
 
 @runtime_checkable
@@ -50,22 +51,18 @@ class HermesFormat:
 
     stop: Sequence[str] = ()
     in_template = True
-    _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
     def parse(self, text: str) -> list[ToolCall] | None:
-        """One that is no JSON object is a call too, whose result is what is wrong with it."""
-        return [self._call(found) for found in self._CALL.findall(text)] or None
+        """One that does not parse is a call too, whose result is what is wrong with it."""
+        return [self._with_object(call) for call in hermes_calls(text)] or None
 
-    def _call(self, text: str) -> ToolCall:
-        try:
-            told = json.loads(text)
-            arguments = told.get("arguments", {})
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except (ValueError, AttributeError) as error:
-            return ToolCall("", error=f"a tool call is a JSON object with name and arguments ({error})")
-        if not isinstance(told.get("name"), str) or not isinstance(arguments, Mapping):
-            return ToolCall("", error="a tool call has a name, and an object of arguments")
-        return ToolCall(told["name"], arguments)
+    def _with_object(self, call: ToolCall) -> ToolCall:
+        if isinstance(call.arguments, str):  # as OpenAI has them
+            with contextlib.suppress(ValueError):
+                call.arguments = json.loads(call.arguments)
+        if not isinstance(call.arguments, Mapping):
+            call.error = "the arguments of a tool call are a JSON object"
+        return call
 
     def render(self, results: Sequence[str]) -> list[dict[str, Any]]:
         return [{"role": "tool", "content": result} for result in results]

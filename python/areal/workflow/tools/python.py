@@ -1,18 +1,23 @@
-"""The Python tool: runs code in the sandbox of the code reward."""
+"""The Python tool: runs code in the sandbox, and tells what it printed."""
 
 from __future__ import annotations
 
+from areal.reward.run_python import RunPython
+from areal.reward.sandbox.limits import Isolation, Limits
 from areal.workflow.tools.tool import Tool
 
-
-async def run_python(code: str) -> str:
-    """Runs Python code and returns what it prints, or else the value of its last expression.
-
-    Args:
-        code: The program. Nothing is kept from one call to the next.
-    """
-    raise NotImplementedError
+_SHARE_OF_TIMEOUT = 2 / 3  # a program ends before its call is overdue: then its worker need not be killed
 
 
-def python_tool() -> Tool:
-    return Tool("python", run_python)
+def python_tool(isolation: Isolation = "auto", timeout: float = 10.0) -> Tool:
+    """The tool "python", each call of which has ``timeout`` seconds; a fault of the sandbox drops the group."""
+    seconds = _SHARE_OF_TIMEOUT * timeout
+    code = {"type": "string", "description": "The program. What it prints is returned, or else the value of its last expression."}
+    return Tool(
+        "python",
+        RunPython(isolation, Limits(wall_seconds=seconds, cpu_seconds=min(Limits.cpu_seconds, seconds))),
+        description="Runs Python code. Nothing is kept from one call to the next.",
+        parameters={"type": "object", "properties": {"code": code}, "required": ["code"]},
+        timeout=timeout,
+        faults=("SandboxError", "LevelMissing"),
+    )

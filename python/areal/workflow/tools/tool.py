@@ -1,10 +1,10 @@
-"""A tool, a call of it, and what the model is told of the result."""
+"""A tool, and what the model is told of the result of a call."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from areal.config import ConfigError
@@ -13,23 +13,13 @@ from areal.workflow.user_code import CallFailed, call, check_sendable
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """What the model asks for, read from its text."""
-
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-    """What is wrong with how it was written: this is what the model is told, and nothing is called."""
-
-
-@dataclass(frozen=True, slots=True)
 class Tool:
     """A function that the model may call.
 
     An async function runs on the controller's event loop, any other in a reward worker: it must be importable there, and keeps nothing
     from call to call. What it returns is told to the model as text, other values than strings as JSON. What it raises, and that it took
-    too long (a worker is killed then), are told as text too: that is the environment's answer. Only a call whose worker died drops the
-    group, cause tool_died.
+    too long (a worker is killed then), are told as text too: that is the environment's answer. Only a call whose worker died, or that
+    raised one of ``faults``, drops the group, cause tool_failed.
     """
 
     name: str
@@ -41,6 +31,8 @@ class Tool:
     """JSON schema of the arguments; None = from the function's type hints and the Args of its docstring."""
     timeout: float | None = None
     """Seconds a call may take; None = that of the workflow."""
+    faults: tuple[str, ...] = ()
+    """Names of exceptions that are no answer to the model: what it was to be answered with could not be asked (a data base that is down)."""
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -73,14 +65,14 @@ class Tool:
         """What the model is told.
 
         Raises:
-            EpisodeDropped: the process that ran it died.
+            EpisodeDropped: the process that ran it died, or it raised one of its ``faults``.
         """
         seconds = self.timeout if self.timeout is not None else timeout
         try:
             value = await call(self.function, (), arguments, seconds)
         except CallFailed as failure:
-            if failure.kind == "died":
-                raise EpisodeDropped("tool_died", f"the tool '{self.name}': {failure}") from failure
+            if failure.kind == "died" or str(failure).partition(":")[0] in self.faults:
+                raise EpisodeDropped("tool_failed", f"the tool '{self.name}': {failure}") from failure
             return f"Error: {failure}"
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 

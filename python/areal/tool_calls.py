@@ -17,8 +17,10 @@ class ToolCall:
     """One call that the model asks for."""
 
     name: str
-    arguments: Any
+    arguments: Any = field(default_factory=dict)
     """A JSON value, an object in most cases."""
+    error: str = ""
+    """What is wrong with how it was written; empty = nothing."""
     id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
     def json(self) -> dict[str, Any]:
@@ -31,16 +33,22 @@ def hermes(text: str) -> tuple[str, list[ToolCall]]:
 
     A call at the very end may lack its closing tag: models end their turn there.
     """
-    blocks = list(_BLOCK.finditer(text))
-    if not blocks:
+    calls = hermes_calls(text)
+    if not calls or any(call.error for call in calls):
         return text, []
-    calls = []
-    for block in blocks:
-        try:
-            said = orjson.loads(block[1])
-        except orjson.JSONDecodeError:
-            return text, []
-        if not isinstance(said, dict) or not isinstance(said.get("name"), str):
-            return text, []
-        calls.append(ToolCall(said["name"], said.get("arguments", said.get("parameters", {}))))
-    return text[: blocks[0].start()].strip(), calls
+    return text[: text.index("<tool_call>")].strip(), calls
+
+
+def hermes_calls(text: str) -> list[ToolCall]:
+    """All calls, those that do not parse with their ``error``."""
+    return [_call(block) for block in _BLOCK.findall(text)]
+
+
+def _call(block: str) -> ToolCall:
+    try:
+        said = orjson.loads(block)
+    except orjson.JSONDecodeError as error:
+        return ToolCall("", error=f"a tool call is a JSON object with name and arguments ({error})")
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        return ToolCall("", error="a tool call is a JSON object with name and arguments")
+    return ToolCall(said["name"], said.get("arguments", said.get("parameters", {})))
