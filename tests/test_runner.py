@@ -193,6 +193,14 @@ class _Misbehaving:
                 return None
             case "hang":
                 await asyncio.sleep(60)
+            case "swallow":
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(60)
+                return None
+            case "go on":
+                while True:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(60)
             case "list":
                 return [1, 2]
             case "refuse":
@@ -217,9 +225,11 @@ class _Misbehaving:
         }
 
 
-def test_workflows_that_misbehave(server: Server) -> None:
+def test_workflows_that_misbehave(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal.runner._END_SECONDS", 0.5)
+
     async def main() -> None:
-        acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long"]
+        acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long", "swallow", "go on"]
         loop = _Loop(_config(rollout={"episode_timeout": 1.0}), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
@@ -227,7 +237,7 @@ def test_workflows_that_misbehave(server: Server) -> None:
                 "workflow_raised": 2,
                 "sample_too_long": 1,
                 "workflow_none": 1,
-                "episode_timeout": 1,
+                "episode_timeout": 3,
                 "bad_trajectory": 1,
                 "too_dull": 1,
             }

@@ -31,6 +31,7 @@ from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
 from areal.workflow.build import build_workflow, reward_function
+from areal.workflow.user_code import end_others
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Cluster:
         if not self._with_rollout:
             await self._start_trainer()
             return
-        if config.workflow:
+        if config.workflow or config.workflow_kwargs:
             build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
@@ -115,6 +116,7 @@ class Cluster:
 
     async def close(self) -> None:
         await self._resources.aclose()
+        await end_others()  # what users' code left
 
     async def _start_trainer(self) -> None:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)

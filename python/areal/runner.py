@@ -23,8 +23,11 @@ from areal.reward import RewardFailure
 from areal.reward.service import score_watch
 from areal.types import Group, ModelRequest, ModelResponse, Trajectory
 from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectories
+from areal.workflow.user_code import CallFailed, begin, end, result_of
 
 log = logging.getLogger(__name__)
+_END_SECONDS = 15.0  # an agent has 10 of them
+_PAUSE = 1.0
 _LOGGED_PER_CAUSE = 3
 
 
@@ -68,9 +71,9 @@ class DropCounter:
 
 
 class EpisodeEngine:
-    """What one episode generates with: every call has its own seed, all samples of a prompt share a server."""
+    """What one episode generates with: every call has its own seed, all samples of a prompt share a server. After ``close`` it refuses."""
 
-    __slots__ = ("_calls", "_client", "_key", "_route", "_slot")
+    __slots__ = ("_calls", "_client", "_closed", "_key", "_route", "_slot")
 
     def __init__(self, client: RolloutClient, key: str, route: Route | None = None, slot: EpisodeSlot | None = None) -> None:
         self._client = client
@@ -78,9 +81,16 @@ class EpisodeEngine:
         self._route = route
         self._slot = slot
         self._calls = 0
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """As ``RolloutClient.agenerate``; the n-th call of an episode always has the same random numbers."""
+        if self._closed:
+            await asyncio.sleep(_PAUSE)  # a workflow that catches everything and tries again must not hold the event loop
+            raise RuntimeError("this engine's episode has ended")
         seed = derive_seed(self._key, self._calls)
         self._calls += 1
         if self._slot is None:
@@ -118,6 +128,8 @@ async def run_episode(
 ) -> list[Trajectory]:
     """One episode of a row, as checked trajectories: one, unless it has several sequences. With a ``slot`` it has a task of its own.
 
+    The workflow runs in a further task: when this one is cancelled it ends as cancelled, whatever the workflow makes of that.
+
     Raises:
         EpisodeDropped: it gave no sample; ``cause`` says why. Errors that are nobody's single episode (no server, no reward workers)
             come through as they are.
@@ -126,7 +138,13 @@ async def run_episode(
     if slot is not None:
         score_watch.set(slot)
     try:
-        result = await workflow.arun_episode(engine, dict(data))
+        task = begin(workflow.arun_episode(engine, dict(data)))
+        try:
+            await asyncio.wait({task})
+        finally:
+            engine.close()
+            await end(task, _END_SECONDS, "an episode")
+        result = result_of(task)
         if result is None:
             raise EpisodeDropped("workflow_none", "the workflow returned None")
         return to_trajectories(result)
@@ -140,12 +158,8 @@ async def run_episode(
         raise EpisodeDropped("bad_trajectory", str(error)) from error
     except TimeoutError as error:
         raise EpisodeDropped("request_timeout", str(error) or "a wait inside the workflow timed out") from error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Of something that the workflow itself waited for: the episode is lost, and must not vanish without a word.
-        raise EpisodeDropped("workflow_raised", "CancelledError: what the workflow waited for was cancelled") from error
+    except CallFailed as error:
+        raise EpisodeDropped("workflow_raised", str(error)) from error
     except Exception as error:  # boundary to the user's workflow: whatever it raises costs one group, counted
         log.debug("a workflow raised", exc_info=True)
         raise EpisodeDropped("workflow_raised", f"{type(error).__name__}: {error}") from error
