@@ -25,8 +25,11 @@ def {run}(test):
         given = {{}}
         for mark, values in zip(marks, row):
             names = mark.args[0]
-            names = [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
-            values = getattr(values, "values", values) if type(values).__name__ == "ParameterSet" else values if len(names) > 1 else (values,)
+            names = [n.strip() for n in names.split(",") if n.strip()] if (text := isinstance(names, str)) else list(names)
+            if type(values).__name__ == "ParameterSet":
+                values = values.values
+            elif text and len(names) == 1:
+                values = (values,)
             if len(names) != len(values):
                 raise ValueError(f"parametrize of {{test.__name__}}: {{names}} and {{values}}")
             given.update(zip(names, values))
@@ -69,20 +72,30 @@ def _methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunction
 
 
 def _call(test: ast.FunctionDef | ast.AsyncFunctionDef, text: str, *, method: bool = False) -> str:
-    decorators = [ast.unparse(decorator) for decorator in test.decorator_list]
+    decorators = test.decorator_list
     arguments = [*test.args.posonlyargs, *test.args.args, *test.args.kwonlyargs]
     with_default = len(test.args.defaults) + sum(default is not None for default in test.args.kw_defaults)
     names = [argument.arg for argument in arguments[: len(arguments) - with_default]]
-    if method and not {"staticmethod", "classmethod"} & set(decorators):
+    if method and not any(last_name(decorator) in ("staticmethod", "classmethod") for decorator in decorators):
         names = names[1:]
-    given = [d for d in decorators if "parametrize(" in d]
+    given = [names for decorator in decorators if (names := _parametrized(decorator))]
     if isinstance(test, ast.AsyncFunctionDef):
         raise ValueError(f"the row's 'tests' define a coroutine {test.name}, and nothing calls it")
-    if missing := [name for name in names if not any(f"{name}" in decorator for decorator in given)]:
+    if missing := [name for name in names if not any(name in some for some in given)]:
         raise ValueError(
             f"the row's 'tests' define {test.name}({', '.join(names)}), and nothing gives it {', '.join(missing)}: fixtures are not supported"
         )
     return f"{_RUN}({text})" if given else f"{text}()"
+
+
+def _parametrized(decorator: ast.expr) -> list[str]:
+    """The parameters that ``pytest.mark.parametrize`` gives."""
+    match decorator:
+        case ast.Call(func=func, args=[ast.Constant(value=str(names)), *_]) if last_name(func) == "parametrize":
+            return [name.strip() for name in names.split(",")]
+        case ast.Call(func=func, args=[ast.List(elts=names) | ast.Tuple(elts=names), *_]) if last_name(func) == "parametrize":
+            return [str(name.value) for name in names if isinstance(name, ast.Constant)]
+    return []
 
 
 def checks_nothing(tree: ast.Module) -> bool:

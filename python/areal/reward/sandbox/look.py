@@ -95,8 +95,8 @@ def _claims_everything(value: Any) -> bool:
     if _defines(kind, "__lt__") and _both(_between, value, n, -n):
         return True
     if _defines(kind, "__sub__"):
-        return _both(_near, value, n, n + 1000)
-    return _defines(kind, "__rsub__") and _both(_near_from_right, value, n, n + 1000)
+        return _both(_near, value, n, -n)
+    return _defines(kind, "__rsub__") and _both(_near_from_right, value, n, -n)
 
 
 def _defines(kind: type, name: str) -> bool:
