@@ -47,11 +47,42 @@ def passes(program: str, tests: Any, **row: Any) -> bool:
         ("cut off:\n```python\nx = 1\ny = 2", "x = 1\ny = 2"),
         ("~~~~python\ns = '''\n```\n'''\n~~~~", "s = '''\n```\n'''\n"),
         ("```json\n{}\n```", "```json\n{}\n```"),
+        ("Here: ```python\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1```\nDone.", "x = 1"),
+        (
+            "```python\ndef f():\n    '''\n    ```\n    f()\n    ```\n    '''\n```\n",
+            "def f():\n    '''\n    ```\n    f()\n    ```\n    '''\n",
+        ),
+        ("```python\ns = '''a\n   \nb'''\n```", "s = '''a\n   \nb'''\n"),
+        ("\ufeffx = 1", "x = 1"),
         ("", ""),
     ],
 )
 def test_the_program_of_a_completion(completion: str, code: str) -> None:
     assert extract_code(completion) == code
+
+
+def test_the_block_that_defines_what_the_tests_call() -> None:
+    right, wrong = "```python\ndef f(x):\n    return x + 1\n```\n", "```python\ndef f(x):\n    return x\n```\n"
+    tests = "assert f(1) == 2"
+    assert passes(right + "Usage:\n```python\nprint(f(3))\n```", tests) and not passes(wrong + "```python\nprint(f(3))\n```", tests)
+    assert passes(wrong + right, tests) and not passes(right + wrong, tests)
+    assert passes("```python\ndef g(x):\n    return x + 1\n```\nand\n```python\ndef f(x):\n    return g(x)\n```", tests)
+    assert passes("    def f(x):\n        return x + 1\n", tests)
+    assert passes("\ufeffdef f(x):\r\n    return x + 1\r\n", "\ufeff" + tests)
+
+
+def test_a_completion_that_goes_on_from_a_prompt_of_code() -> None:
+    prompt = 'from typing import List\n\ndef f(x: List[int]) -> int:\n    """Adds them."""\n'
+    tests = "def check(candidate):\n    assert candidate([1, 2]) == 3\n"
+
+    def score(completion: str, prompt: str = prompt) -> float:
+        return SCORE(prompt, completion, [], [], tests=tests, entry_point="f")
+
+    assert score("    return sum(x)\n") == 1.0 and score("    return len(x)\n") == 0.0
+    assert score("```python\ndef f(x: List[int]) -> int:\n    return sum(x)\n```") == 1.0
+    assert score("def f(x):\n    return sum(x)", "Complete:\n```python\ndef f(x):\n```") == 1.0
+    assert score("    return sum(x)\n", "Write f.") == 0.0
 
 
 def test_cases_of_stdin_and_stdout() -> None:
@@ -66,6 +97,8 @@ def test_cases_of_stdin_and_stdout() -> None:
     assert passes("import atexit\natexit.register(print, 12)", cases[:1])
     assert passes("import os\nos.write(1, b'12')\nos._exit(0)", cases[:1]), "what counts is what it wrote"
     assert passes("print(len(open(0).read()))", [{"stdin": "é" * 300_000, "stdout": "300000"}])
+    assert passes("import sys\nif 1 is 1: print('debug', file=sys.stderr)\nprint(12)", cases[:1]), "stderr is not stdout"
+    assert not passes("import sys\nprint(12, file=sys.stderr)", cases[:1])
     assert passes("print('x' * 3_000_000)", [{"stdin": "", "stdout": "x" * 3_000_000}])
 
 
@@ -84,6 +117,10 @@ def test_rows_of_known_data_sets() -> None:
     assert passes("def f(x):\n    return 2 * x", None, **mbpp)
     assert not passes("def f(x):\n    return 4", None, **mbpp)
     assert passes("def max(a):\n    return 7", "assert max([1]) == 7", entry_point="max")
+    leetcode = "class Solution:\n    def f(self, x):\n        return {}"
+    assert passes(leetcode.format("2 * x"), check, entry_point="Solution().f") and not passes(
+        leetcode.format("x"), check, entry_point="Solution().f"
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,6 +134,9 @@ def test_rows_of_known_data_sets() -> None:
         ([{"stdin": "", "stdout": ""}, {"stdin": 1, "stdout": "1"}], "entry 1"),
         ({"a": 1}, "are dict"),
         (b"x", "are bytes"),
+        ("def check(candidate):\n    assert candidate(2) == 4", "only define functions"),
+        ("def test_it(tmp_path):\n    assert x", "gives it tmp_path"),
+        ("async def test_it():\n    assert x", "a coroutine test_it"),
         ("import a_module_that_nobody_has\nassert True", "import 'a_module_that_nobody_has'"),
     ],
 )
@@ -132,9 +172,11 @@ def test_unittest_has_to_run_something() -> None:
 def test_tests_that_nobody_calls_are_called() -> None:
     """As pytest would; else any program would pass."""
     cases = "from unittest import TestCase\nclass TestX(TestCase):\n    def test(self):\n        self.assertEqual(x, 1)"
-    functions = "def test_one():\n    assert x == 1\n\ndef helper():\n    raise KeyError\n\ndef test_fixture(tmp_path):\n    raise KeyError"
+    functions = "def test_one():\n    assert x == 1\n\ndef helper():\n    raise KeyError"
+    classes = "class TestX:\n    def setup_method(self):\n        self.y = 1\n    def test_x(self):\n        assert x == self.y"
+    given = "import pytest\n@pytest.mark.parametrize('a,b', [(1, 1), pytest.param(2, 0)])\n@pytest.mark.parametrize(['c'], [(0,)])\ndef test(a, b, c):\n    assert (x == a) == b + c"
     called = "def test_it(n):\n    assert x == n\n\ndef test_all():\n    test_it(1)\n\nif __name__ == '__main__':\n    test_all()"
-    for tests in (cases, functions, called):
+    for tests in (cases, functions, classes, given, called):
         assert passes("x = 1", tests) and not passes("x = 2", tests), tests
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
+from areal.reward.code_extract import extract_code, programs
 from areal.reward.code_tests import read_tests
 from areal.reward.sandbox.client import ForkServer, fork_server
 from areal.reward.sandbox.judge import Outcome, TestProgram
@@ -17,33 +16,7 @@ from areal.reward.sandbox.limits import Isolation, Limits
 if TYPE_CHECKING:
     from areal.config import RewardConfig
 
-_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+#.-]*)")
-_PYTHON = ("python", "python3", "py")
 _told: set[str] = set()
-
-
-def extract_code(completion: str) -> str:
-    """The last fenced block that is marked as Python, else the last plain one, else the whole text; the last may be without its end.
-
-    Thinking does not count: only what follows the last ``</think>``.
-    """
-    completion = completion.rpartition("</think>")[2]
-    python = plain = None
-    opened, language, lines = "", "", list[str]()
-    for line in [*completion.splitlines(keepends=True), None]:
-        fence = None if line is None else _FENCE.match(line)
-        if opened and (line is None or (fence and fence[1].startswith(opened) and not fence[2])):
-            text = textwrap.dedent("".join(lines))
-            if language in _PYTHON:
-                python = text
-            elif not language and line is not None:
-                plain = text
-            opened = ""
-        elif opened:
-            lines.append(str(line))
-        elif fence:
-            opened, language, lines = fence[1], fence[2].lower(), []
-    return next((text for text in (python, plain) if text is not None), completion)
 
 
 @dataclass(frozen=True)
@@ -78,18 +51,18 @@ class CodeReward:
             ValueError: the row has no tests, or tests that cannot be run: a fault of the data.
             SandboxError: the program could not be run: a fault of the sandbox.
         """
-        return float(self.run(completions, tests, row).passed)
+        return float(self.run(completions, tests, row, prompt).passed)
 
-    def run(self, completion: str, tests: Any, row: dict[str, Any] | None = None) -> Outcome:
+    def run(self, completion: str, tests: Any, row: dict[str, Any] | None = None, prompt: str = "") -> Outcome:
         """The same with its reason, and what the program printed last."""
         wanted = read_tests(tests, row or {})
-        source = extract_code(str(completion))
         limits = self.limits or Limits()
         with fork_server(self.isolation) as server:
             _tell(server)
             if isinstance(wanted, TestProgram):
-                return server.run_tests(source, wanted, limits)
-            return server.run_cases(source, wanted, limits)
+                source, *otherwise = programs(str(completion), str(prompt), wanted.expects)
+                return server.run_tests(source, wanted, limits, *otherwise)
+            return server.run_cases(extract_code(str(completion)), wanted, limits)
 
     def within(self, run: RewardConfig) -> CodeReward:
         """The one of a run: at its isolation, and with a wall time that is over before ``reward.timeout``, which would be a failure."""

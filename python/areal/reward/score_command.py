@@ -187,7 +187,9 @@ class _Rows:
         if not row.get("tests") and not row.get("test_list"):
             raise ValueError("the row has no 'tests': the text of a test program, or a list of objects with 'stdin' and 'stdout'")
         columns = {key: value for key, value in row.items() if key not in _ARGUMENTS}
-        return service.score(self.code, ("", completion, [], []), columns, self.code.limits.wall_seconds + _STARTING)
+        prompt = row.get("prompt")
+        arguments: tuple[Any, ...] = (prompt if isinstance(prompt, str) else "", completion, [], [])
+        return service.score(self.code, arguments, columns, self.code.limits.wall_seconds + _STARTING)
 
 
 def _code_scorer(timeout: float | None, isolation: Isolation) -> CodeReward:

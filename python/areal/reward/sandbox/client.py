@@ -102,8 +102,8 @@ class ForkServer:
             self._process.kill()
             self._process.wait(timeout=10)
 
-    def run_tests(self, source: str, tests: TestProgram, limits: Limits) -> Outcome:
-        """The completion ``source``, then ``tests``.
+    def run_tests(self, source: str, tests: TestProgram, limits: Limits, *otherwise: str) -> Outcome:
+        """The completion ``source`` (``otherwise``: what it is when that does not compile), then ``tests``.
 
         Raises:
             SandboxError: the sandbox failed.
@@ -111,7 +111,7 @@ class ForkServer:
         """
         run = Run(self._socket, self.level, limits, limits.wall_seconds)
         nonce, token = secrets.token_bytes(16), secrets.token_bytes(16)
-        run.start(("tests", source, b"", nonce, tests.modules), [nonce, token], marshal.dumps((token, tests.code, tests.true_names)))
+        run.start(("tests", (source, *otherwise), b"", nonce, tests.modules), [nonce, token], tests_message(token, tests))
         report = run.wait()
         if run.missing_import is not None:
             raise MissingModule(f"the tests import '{list(tests.modules)[run.missing_import]}', which the sandbox's Python does not have")
@@ -124,7 +124,7 @@ class ForkServer:
         Raises:
             SandboxError: the sandbox failed.
         """
-        run, report, ended = self._run(source, stdin, limits, limits.wall_seconds)
+        run, report, ended = self._run(source, stdin, limits, limits.wall_seconds, apart=False)
         return Outcome(ended, "passed" if ended else run.verdict(report), run.text())
 
     def run_cases(self, source: str, cases: Sequence[Case], limits: Limits) -> Outcome:
@@ -143,17 +143,27 @@ class ForkServer:
                 return Outcome(False, run.verdict(report), run.detail())
         return Outcome(True, "passed")
 
-    def _run(self, source: str, stdin: str, limits: Limits, seconds: float) -> tuple[Run, tuple[str, int, float, float], bool]:
+    def _run(
+        self, source: str, stdin: str, limits: Limits, seconds: float, *, apart: bool = True
+    ) -> tuple[Run, tuple[str, int, float, float], bool]:
         """One run of a program, its report, and whether it ended by itself and well."""
         run = Run(self._socket, self.level, limits, seconds)
-        run.start(("case", source, stdin.encode(errors="surrogatepass"), b"", {}), [], b"")
+        run.start(("case", source, stdin.encode(errors="surrogatepass"), b"", {}), [], b"", apart=apart)
         report = run.wait()
-        return run, report, report[0] == "ended" and not run.why and not run.garbage and os.waitstatus_to_exitcode(report[1]) == 0
+        return (
+            run,
+            report,
+            report[0] in ("ended", "own limit") and not run.why and not run.garbage and os.waitstatus_to_exitcode(report[1]) == 0,
+        )
 
 
 def same_output(written: str, wanted: str) -> bool:
     """Line by line, without white space at the ends of lines and empty lines at the end."""
     return [line.rstrip() for line in written.rstrip().splitlines()] == [line.rstrip() for line in wanted.rstrip().splitlines()]
+
+
+def tests_message(token: bytes, tests: TestProgram) -> bytes:
+    return marshal.dumps((token, tests.code, tests.exits, tests.changes))
 
 
 _PROBE = TestProgram(marshal.dumps(compile("assert answer == 42", "<probe>", "exec")))

@@ -1,7 +1,7 @@
 """The fork server: a small interpreter with the usual modules in memory, of which every program is a confined fork.
 
-Who waits on whom: the judge (judge.py) sends one request at a time with two descriptors, the program's channel to it and the program's
-output; this process forks, watches the limits, ends the program when one is exceeded, when it has ended by itself or when the judge says
+Who waits on whom: the judge (judge.py) sends one request at a time with three descriptors, the program's channel to it and the program's
+stdout and stderr; this process forks, watches the limits, ends the program when one is exceeded, when it has ended by itself or when the judge says
 stop, and answers with how it ended. The program's source and its tests never pass through here.
 """
 
@@ -23,6 +23,7 @@ from .harness import FAULT, read_frame, run_case, run_tests
 from .limits import Level, Limits
 from .snapshot import PREIMPORTED, Snapshot
 from .syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, landlock_abi, prctl
+from .unit import record_results
 from .view import import_path
 
 _FIRST_LOOK = 0.02
@@ -60,6 +61,7 @@ def main(fd: int, level: str, parent: int) -> None:
     judge = socket.socket(fileno=fd)
     gc.disable()
     sys.argv = ["solution.py"]
+    record_results()
     snapshot = Snapshot(PREIMPORTED)
     try:
         _be_first_to_go()
@@ -99,30 +101,40 @@ def _be_first_to_go() -> None:
         pass
 
 
-def _receive(judge: socket.socket) -> tuple[Limits, float, int, int] | None:
-    message, fds, _, _ = socket.recv_fds(judge, _MAX_REQUEST, 2)
+def _receive(judge: socket.socket) -> tuple[Limits, float, list[int]] | None:
+    message, fds, _, _ = socket.recv_fds(judge, _MAX_REQUEST, 3)
     if not message:
         return None
     limits, seconds = marshal.loads(message)
-    return Limits(**limits), seconds, fds[0], fds[1]
+    return Limits(**limits), seconds, fds
 
 
-def _serve(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limits, seconds: float, channel: int, output: int) -> Any:
+def _serve(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limits, seconds: float, fds: list[int]) -> Any:
     """Runs one program; (how it ended, its wait status, CPU seconds, wall seconds)."""
     begin = time.monotonic()
     cell.before_fork()
     os.environ["HOME"] = os.environ["TMPDIR"] = cell.folder()
     pid = os.fork()
     if pid == 0:
-        _program(judge, cell, snapshot, limits, channel, output)
-    os.close(channel)
-    os.close(output)
+        _program(judge, cell, snapshot, limits, *fds)
+    for fd in fds:
+        os.close(fd)
     cell.after_fork()
     try:
         how = _watch(judge, cell, limits, pid, begin + seconds)
+        if how == "ended" and _lowered_cpu_limit(pid, limits):
+            how = "own limit"
     finally:  # also when the judge is gone
         status, cpu = cell.end(pid)
     return how, status, cpu, time.monotonic() - begin
+
+
+def _lowered_cpu_limit(pid: int, limits: Limits) -> bool:
+    """Whether the program, which is still there as a zombie, has given itself less time, and may have been killed by that."""
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_CPU)[1] < limits.cpu_seconds
+    except OSError:
+        return False
 
 
 def _watch(judge: socket.socket, cell: Cell, limits: Limits, pid: int, deadline: float) -> str:
@@ -153,7 +165,7 @@ def _watch(judge: socket.socket, cell: Cell, limits: Limits, pid: int, deadline:
         os.close(process)
 
 
-def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limits, channel: int, output: int) -> NoReturn:
+def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limits, channel: int, output: int, errors: int) -> NoReturn:
     """The forked process: nothing of this server is left in it when the program begins."""
     try:
         os.setsid()
@@ -161,7 +173,7 @@ def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limit
         highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1
         high = fcntl.fcntl(channel, fcntl.F_DUPFD_CLOEXEC, min(_CHANNEL, highest))
         kind, source, stdin, nonce, modules = marshal.loads(read_frame(high))
-        _standard_streams(output, stdin)
+        _standard_streams(stdin, output, errors)
         os.closerange(3, high)
         os.closerange(high + 1, high + 1024)
         judge.detach()
@@ -177,7 +189,7 @@ def _program(judge: socket.socket, cell: Cell, snapshot: Snapshot, limits: Limit
         os._exit(1)
 
 
-def _standard_streams(output: int, stdin: bytes) -> None:
+def _standard_streams(stdin: bytes, output: int, errors: int) -> None:
     if stdin:
         source = os.memfd_create("stdin")
         with open(source, "wb", closefd=False) as file:
@@ -185,5 +197,5 @@ def _standard_streams(output: int, stdin: bytes) -> None:
         os.lseek(source, 0, os.SEEK_SET)
     else:
         source = os.open("/dev/null", os.O_RDONLY)
-    for fd, number in ((source, 0), (output, 1), (output, 2)):
+    for fd, number in ((source, 0), (output, 1), (errors, 2)):
         os.dup2(fd, number)

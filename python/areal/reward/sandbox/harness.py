@@ -8,7 +8,9 @@ pass. How the process ends means nothing. Whatever else arrives at the judge is 
 from __future__ import annotations
 
 import atexit
+import builtins
 import gc
+import linecache
 import marshal
 import os
 import random
@@ -16,16 +18,24 @@ import struct
 import sys
 import threading
 import types
-import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from .audit import refuse_frames
 from .look import Look
+from .own import BUILTINS
+from .own import BUILTINS as __builtins__  # type: ignore[no-redef]  # noqa: F401
 from .snapshot import Snapshot
+from .unit import Ended, is_unittest, verdicts
 
 STARTED, IMPORT_FAILED, FAULT = b"s", b"i", b"!"
 HEADER = struct.Struct("<Q")
 _NAME = "solution"
+PLACE = "\0areal:"
+"""How the constants begin in whose places the harness's own functions, and builtins, are put into the code of the tests."""
+LOOK, LOOK_INSIDE = PLACE + "?look", PLACE + "?inside"
+_RUNS_TESTS = ("load_tests", "setUpModule", "tearDownModule")
+"""What unittest would take from a module: the program's are none."""
 
 
 def read_frame(fd: int, read: Callable[[int, int], bytes] = os.read) -> bytes:
@@ -52,7 +62,7 @@ def read_frame(fd: int, read: Callable[[int, int], bytes] = os.read) -> bytes:
 def _begin(name: str) -> types.ModuleType:
     """The module that a program is; the interpreter as a fresh one would be."""
     module = types.ModuleType(name)
-    module.__dict__["__builtins__"] = __builtins__
+    module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module if name == "__main__" else types.ModuleType("__main__")
     sys.modules[_NAME] = module
     random.seed(0)  # the same program has the same score
@@ -82,8 +92,13 @@ def run_case(channel: int, source: str) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def run_tests(channel: int, source: str, nonce: bytes, modules: dict[str, bool], snapshot: Snapshot) -> NoReturn:
-    """The completion's body, then the tests in the same module. ``modules``: what the tests use, and whether they fail without it."""
+def run_tests(channel: int, sources: Sequence[str], nonce: bytes, modules: dict[str, bool], snapshot: Snapshot) -> NoReturn:
+    """The completion's body, then the tests in the same module.
+
+    Args:
+        sources: the completion; the first that compiles is it.
+        modules: what the tests use, and whether they fail without it.
+    """
     module = _begin(_NAME)
     # They are there, and known, before the program can change them.
     for index, (name, needed) in enumerate(modules.items()):
@@ -94,87 +109,104 @@ def run_tests(channel: int, source: str, nonce: bytes, modules: dict[str, bool],
     names, pid = module.__dict__, os.getpid()
     # What the program cannot reach by changing a module.
     write, leave, getpid, read, loads, show = os.write, os._exit, os.getpid, os.read, marshal.loads, sys.__excepthook__
-    restore, run, code_of, excinfo = snapshot.restorer(modules), exec, compile, sys.exc_info
+    run, excinfo, receive, prepare, finish = exec, sys.exc_info, read_frame, _prepare, _run_to_the_end
+    restore, changed = snapshot.restorer(modules)
+    refuse_frames()
     write(channel, STARTED)
     try:
-        run(code_of(source, f"{_NAME}.py", "exec", dont_inherit=True), names)
+        run(_compiled(sources), names)
     except:  # noqa: E722  the program's own; even the name BaseException may be its work by now
         show(*excinfo())
         leave(1)
     restore()
     if getpid() != pid:
         leave(0)  # a child that came back out of the program
-    names["__builtins__"] = __builtins__
-    names["__name__"] = "__main__"
-    sys.modules["__main__"] = sys.modules[_NAME] = module
     write(channel, nonce)
-    token, compiled, true_names = loads(read_frame(channel, read))
-    names.update({alias: __builtins__[true] for alias, true in true_names.items()})  # type: ignore[index]
-    names["__look__"] = look
-    verdicts: list[bool] = []
-    if "unittest" in modules:
-        unittest.main = unittest.TestProgram = _recording_main(verdicts)  # type: ignore[misc, assignment]
-    if _run_to_the_end(loads(compiled), names) and all(verdicts) and not look.found:
+    token, compiled, exits, own_changes = loads(receive(channel, read))
+    code = prepare(loads(compiled), names, module, look)
+    verdicts.clear()
+    if finish(code, names, exits) and all(verdicts) and not look.found and not changed(own_changes):
         write(channel, token)
     leave(0)
+
+
+def _compiled(sources: Sequence[str]) -> types.CodeType:
+    for source in sources:
+        try:
+            code = compile(source, f"{_NAME}.py", "exec", dont_inherit=True)
+        except SyntaxError:
+            if source is sources[-1]:
+                raise
+            continue
+        linecache.cache[f"{_NAME}.py"] = len(source), None, source.splitlines(keepends=True), f"{_NAME}.py"
+        return code
+    raise AssertionError
 
 
 def _import(name: str, snapshot: Snapshot) -> bool:
     try:
         snapshot.add(name)
-    except ImportError:
+    except Exception:  # a module's own code
         return False
     return True
 
 
-class _UnittestEnded(BaseException):
-    """``unittest.main`` would have ended the process."""
+def _prepare(code: types.CodeType, names: dict[str, Any], module: types.ModuleType, look: Look) -> types.CodeType:
+    """The tests, with our functions in them, and the module as they expect it."""
+    for name in _RUNS_TESTS:
+        names.pop(name, None)
+    names["__builtins__"] = builtins
+    names["__name__"] = "__main__"
+    sys.modules["__main__"] = sys.modules[_NAME] = module
+
+    def put(const: Any) -> Any:
+        if isinstance(const, types.CodeType):
+            return const.replace(co_consts=tuple(map(put, const.co_consts)))
+        if isinstance(const, (tuple, frozenset)):
+            return type(const)(map(put, const))
+        if not isinstance(const, str) or not const.startswith(PLACE):
+            return const
+        name = const.removeprefix(PLACE)
+        return look if const == LOOK else look.inside if const == LOOK_INSIDE else _meant(name, names)
+
+    return put(code)  # type: ignore[no-any-return]
 
 
-def _recording_main(verdicts: list[bool]) -> type[unittest.TestProgram]:
-    class RecordingProgram(unittest.TestProgram):
-        def runTests(self) -> None:
-            ends = self.__dict__["exit"]
-            self.exit = False
-            super().runTests()
-            verdicts.append(_successful(self.result))
-            if ends:
-                raise _UnittestEnded
-
-    return RecordingProgram
+def _meant(name: str, names: dict[str, Any]) -> Any:
+    """The builtin; of exceptions also a class of the program that has the same name (and could not catch an AssertionError)."""
+    true, own = BUILTINS[name], names.get(name)
+    is_exception = isinstance(true, type) and issubclass(true, BaseException)
+    if is_exception and isinstance(own, type) and type.__getattribute__(own, "__module__") == _NAME and BaseException in type.mro(own):
+        return own
+    return true
 
 
-def _successful(result: unittest.TestResult) -> bool:
-    """All tests passed, and there were some; one that the program skipped by raising SkipTest did not pass."""
-    skipped = [test for test, _ in result.skipped if not _declared_skipped(test)]
-    return result.wasSuccessful() and not skipped and result.testsRun > len(result.skipped)
-
-
-def _declared_skipped(test: Any) -> bool:
-    method = getattr(type(test), getattr(test, "_testMethodName", ""), None)
-    return bool(getattr(type(test), "__unittest_skip__", False) or getattr(method, "__unittest_skip__", False))
-
-
-def _run_to_the_end(code: types.CodeType, names: dict[str, Any]) -> bool:
+def _run_to_the_end(code: types.CodeType, names: dict[str, Any], exits: frozenset[int]) -> bool:
     """Whether the test program ended, and not something in it."""
     try:
         exec(code, names)
-    except _UnittestEnded:
-        pass
     except SystemExit as error:
-        return error.code in (None, 0) and _raised_by(error, code)
+        ended = error.code is None or (type(error.code) in (int, bool) and error.code == 0)
+        return ended and _raised_by_tests(error, code, exits)
     except BaseException:  # an assert of the tests, or anything that the program raised
         sys.__excepthook__(*sys.exc_info())
         return False
     return True
 
 
-def _raised_by(error: BaseException, code: types.CodeType) -> bool:
-    """Whether the tests themselves ended, and not the program that they called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+def _raised_by_tests(error: SystemExit, code: types.CodeType, exits: frozenset[int]) -> bool:
+    """Whether the tests themselves ended, in one of the lines where they say so, and not the program that they called."""
+    mine = set(map(id, _all_codes(code)))
+    line, after, trace = 0, list[str](), error.__traceback__
+    while trace is not None:
+        if id(trace.tb_frame.f_code) in mine:
+            line, after = trace.tb_lineno, []
+        else:
+            after.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code in _all_codes(code)
+    if isinstance(error, Ended):
+        return line > 0 and all(map(is_unittest, after))
+    return line in exits and all("_sitebuiltins" in file for file in after)
 
 
 def _all_codes(code: types.CodeType) -> list[types.CodeType]:

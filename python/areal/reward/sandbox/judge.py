@@ -34,14 +34,19 @@ class MissingModule(ValueError):
 
 @dataclass(frozen=True)
 class TestProgram:
-    """A test program that runs after the completion, in its module (test_program.py compiles it)."""
+    """A test program that runs after the completion, in its module (code_tests.py compiles it)."""
 
     __test__ = False  # pytest: not a test
 
     code: bytes
     modules: dict[str, bool] = field(default_factory=dict)
     """What they import, and whether they fail without it."""
-    true_names: dict[str, str] = field(default_factory=dict)
+    expects: frozenset[str] = frozenset()
+    """Names that they take from the completion."""
+    exits: frozenset[int] = frozenset()
+    """Lines in which they end themselves."""
+    changes: frozenset[str] = frozenset()
+    """Names in modules and classes that they set themselves."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +79,39 @@ class Run:
         self.missing_import: int | None = None
         self.fault = ""
         self._heard = bytearray()
-        self._output = bytearray()
+        self._output, self._errors = bytearray(), bytearray()
 
-    def start(self, header: tuple[Any, ...], expected: list[bytes], tests: bytes) -> None:
-        """Hands the program to the fork server. ``expected``: what it must say after STARTED; after the first of them it gets ``tests``."""
+    def start(self, header: tuple[Any, ...], expected: list[bytes], tests: bytes, *, apart: bool = False) -> None:
+        """Hands the program to the fork server.
+
+        Args:
+            expected: what it must say after STARTED; after the first of them it gets ``tests``.
+            apart: stderr is not a part of the output.
+        """
         self._expected, self._tests = expected, tests
         self._deadline = time.monotonic() + self._seconds + GRACE
         self._channel, theirs = socket.socketpair()
-        self._read_end, write_end = os.pipe()
+        ends = [os.pipe() for _ in range(2 if apart else 1)]
+        self._pipes = {read_end: text for (read_end, _), text in zip(ends, (self._output, self._errors), strict=False)}
         try:
             self._server.settimeout(GRACE)
             request = marshal.dumps((asdict(self._limits), self._seconds))
-            socket.send_fds(self._server, [request], [theirs.fileno(), write_end])
+            socket.send_fds(self._server, [request], [theirs.fileno(), ends[0][1], ends[-1][1]])
         except OSError as error:
-            self._channel.close()
-            os.close(self._read_end)
+            self._close()
             raise SandboxError(f"the sandbox's fork server has died: {error}") from error
         finally:
             theirs.close()
-            os.close(write_end)
-        os.set_blocking(self._read_end, False)
+            for _, write_end in ends:
+                os.close(write_end)
+        for read_end in self._pipes:
+            os.set_blocking(read_end, False)
         self._send(marshal.dumps(header))
+
+    def _close(self) -> None:
+        self._channel.close()
+        for read_end in self._pipes:
+            os.close(read_end)
 
     def _send(self, message: bytes) -> None:
         self._channel.settimeout(max(0.01, self._deadline - time.monotonic()))
@@ -111,10 +128,10 @@ class Run:
         try:
             report = self._wait()
             self._hear()
-            self._read_output()
+            for read_end in self._pipes:
+                self._read_output(read_end)
         finally:
-            self._channel.close()
-            os.close(self._read_end)
+            self._close()
         if self.fault:
             raise SandboxError(f"a program could not be confined: {self.fault}")
         if not self.started:
@@ -123,7 +140,7 @@ class Run:
 
     def _wait(self) -> tuple[str, int, float, float]:
         poll = select.poll()
-        for fd in (self._server.fileno(), self._channel.fileno(), self._read_end):
+        for fd in (self._server.fileno(), self._channel.fileno(), *self._pipes):
             poll.register(fd, select.POLLIN)
         while True:
             seconds = self._deadline - time.monotonic()
@@ -137,9 +154,10 @@ class Run:
                 return marshal.loads(message)
             if self._channel.fileno() in ready and not self._hear():
                 poll.unregister(self._channel.fileno())
-            if self._read_end in ready and not self._read_output():
-                poll.unregister(self._read_end)
-            if (self.garbage or len(self._output) > self._limits.output_bytes) and not self.why:
+            for read_end in self._pipes:
+                if read_end in ready and not self._read_output(read_end):
+                    poll.unregister(read_end)
+            if (self.garbage or self._n_written > self._limits.output_bytes) and not self.why:
                 self.why = "failed" if self.garbage else "output"
                 self._stop()
 
@@ -147,12 +165,16 @@ class Run:
         with contextlib.suppress(OSError):  # it is on its way to tell us
             self._server.send(b"x")
 
-    def _read_output(self) -> bool:
+    @property
+    def _n_written(self) -> int:
+        return len(self._output) + len(self._errors)
+
+    def _read_output(self, read_end: int) -> bool:
         """False at its end. What is over the limit is not kept."""
         try:
-            while data := os.read(self._read_end, 1 << 16):
-                if len(self._output) <= self._limits.output_bytes:
-                    self._output += data
+            while data := os.read(read_end, 1 << 16):
+                if self._n_written <= self._limits.output_bytes:
+                    self._pipes[read_end] += data
                 else:
                     return True
         except BlockingIOError:
@@ -199,8 +221,8 @@ class Run:
         return self._output.decode(errors="replace")
 
     def detail(self) -> str:
-        """The end of it, for people."""
-        return self._output[-_MAX_DETAIL:].decode(errors="replace")
+        """The end of all that it wrote, for people."""
+        return (self._output[-_MAX_DETAIL:] + self._errors[-_MAX_DETAIL:]).decode(errors="replace")
 
     def verdict(self, report: tuple[str, int, float, float]) -> str:
         """Why a program that did not pass did not.
@@ -213,6 +235,8 @@ class Run:
             return self.why
         if how in ("cpu", "wall", "memory"):
             return how
+        if how == "own limit":
+            return "cpu" if os.WIFSIGNALED(status) else "failed"
         if how == "ended" and os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXCPU):
             if cpu > self._limits.cpu_seconds - 0.5:
                 return "cpu"

@@ -14,6 +14,9 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .own import BUILTINS as __builtins__  # type: ignore[no-redef]  # noqa: F401
+from .unit import BENEATH, fresh_loader
+
 PREIMPORTED = (
     "abc",
     "argparse",
@@ -80,6 +83,9 @@ _SYS = (
 )
 """Of ``sys`` by default; all of it only for tests that use it. Every object that is touched costs the copy of a page."""
 _Function = types.FunctionType
+_DESCRIPTORS = (staticmethod, classmethod, property)
+_FREE = frozenset(("input", "print", "open", "exit", "quit", "help", "breakpoint", "copyright", "credits", "license"))
+"""Builtins that no verdict depends on."""
 
 
 class _Module:
@@ -89,20 +95,50 @@ class _Module:
         self.module = module
         self.names = vars(module)
         self.saved_names = dict(self.names)
-        self.classes: list[tuple[type, dict[str, Any]]] = []
+        self.classes: list[tuple[type, tuple[type, ...], dict[str, Any]]] = []
         self.functions: list[tuple[types.FunctionType, Any, Any, Any]] = []
+        self.cells: list[tuple[types.CellType, Any]] = []
         for value in self.saved_names.values():
             if isinstance(value, _Function) and value.__module__ == module.__name__:
                 self._add_function(value)
             elif isinstance(value, type) and value.__module__ == module.__name__ and value.__flags__ & _CHANGEABLE == 1 << 9:
-                self.classes.append((value, dict(vars(value))))
+                self.classes.append((value, value.__bases__, dict(vars(value))))
                 for member in vars(value).values():
                     function = getattr(member, "__func__", member)
                     if isinstance(function, _Function):
                         self._add_function(function)
 
     def _add_function(self, function: types.FunctionType) -> None:
+        if any(known is function for known, *_ in self.functions[-4:]):
+            return
         self.functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
+        for cell in function.__closure__ or ():
+            try:
+                self.cells.append((cell, cell.cell_contents))
+            except ValueError:  # empty
+                continue
+            if isinstance(cell.cell_contents, _Function) and cell.cell_contents.__module__ == function.__module__:
+                self._add_function(cell.cell_contents)  # what a decorator has wrapped
+
+    def changed(self, by_tests: frozenset[str]) -> str:
+        """A function or class that is another one than it was, if there is any; names that the tests themselves set do not count."""
+        for name, value in self.saved_names.items():
+            if callable(value) and self.names.get(name) is not value and name not in by_tests:
+                return name
+        for function, code, defaults, keywords in self.functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults or function.__kwdefaults__ is not keywords:
+                return function.__name__
+        for cell, contents in self.cells:
+            if callable(contents) and cell.cell_contents is not contents:
+                return self.saved_names["__name__"]
+        for kind, bases, saved in self.classes:
+            live = vars(kind)
+            if kind.__bases__ != bases:
+                return kind.__name__
+            for name, value in saved.items():
+                if live.get(name) is not value and (callable(value) or isinstance(value, _DESCRIPTORS)) and name not in by_tests:
+                    return name
+        return ""
 
     def restore(self) -> None:
         if type(self.module) is not types.ModuleType and self.saved_names.get("__name__") != "os":
@@ -116,7 +152,12 @@ class _Module:
                 function.__defaults__ = defaults
             if function.__kwdefaults__ is not keywords:
                 function.__kwdefaults__ = keywords
-        for kind, saved in self.classes:
+        for cell, contents in self.cells:
+            if cell.cell_contents is not contents:
+                cell.cell_contents = contents
+        for kind, bases, saved in self.classes:
+            if kind.__bases__ != bases:
+                kind.__bases__ = bases
             _restore_class(kind, saved)
 
 
@@ -136,6 +177,7 @@ class Snapshot:
         self._modules: dict[str, _Module] = {}
         self._inside: dict[str, list[str]] = {}
         self._interpreter = {name: getattr(sys, name) for name in _SYS}
+        self._known: frozenset[int] = frozenset()
         for name in modules:
             self.add(name)
 
@@ -157,24 +199,42 @@ class Snapshot:
         return name in self._inside
 
     def knows(self, kind: type) -> bool:
-        """Whether a class was one of these modules' before the program ran."""
-        module = self._modules.get(str(kind.__module__))
-        return module is not None and any(known is kind for known, _ in module.classes)
+        """Whether a class was one of the modules' that the tests use, before the program ran."""
+        return id(kind) in self._known
 
-    def restorer(self, used: Iterable[str]) -> Callable[[], None]:
-        """What puts back the modules ``used``, with those inside them, and the interpreter's own. It looks up no name that a program
-        could have changed before it has put back the builtins."""
-        chosen = [self._modules[name] for root in dict.fromkeys(used) for name in self._inside.get(root, ())]
+    def _chosen(self, used: Iterable[str]) -> list[_Module]:
+        roots = [*used, *(BENEATH if _has_unittest(used) else ())]
+        return [self._modules[name] for root in dict.fromkeys(roots) for name in self._inside.get(root, ())]
+
+    def restorer(self, used: Iterable[str]) -> tuple[Callable[[], None], Callable[[frozenset[str]], str]]:
+        """What puts back the modules ``used``, with those inside them, and the interpreter's own; and what tells whether they still are
+        so when the tests have ended. They look up no name that a program could have changed."""
+        chosen = self._chosen(used)
+        self._known = frozenset(id(kind) for module in chosen for kind, _, _ in module.classes)
         settrace, setprofile, collector = sys.settrace, sys.setprofile, gc.callbacks
-        names = [(vars(builtins), self._modules["builtins"].saved_names), (vars(sys), self._interpreter)]
+        live, saved = vars(builtins), self._modules["builtins"].saved_names
+        interpreter, with_unittest = vars(sys), _has_unittest(used)
 
         def restore() -> None:
             settrace(None)
             setprofile(None)
-            for live, saved in names:
-                live.update(saved)
+            live.update(saved)
+            interpreter.update(self._interpreter)
+            interpreter["argv"] = ["solution.py"]
             collector.clear()
             for module in chosen:
                 module.restore()
+            if with_unittest:
+                fresh_loader()
 
-        return restore
+        def changed(by_tests: frozenset[str]) -> str:
+            for name, value in saved.items():
+                if live.get(name) is not value and name not in by_tests and name not in _FREE and callable(value):
+                    return name
+            return next((name for module in chosen if (name := module.changed(by_tests))), "")
+
+        return restore, changed
+
+
+def _has_unittest(used: Iterable[str]) -> bool:
+    return any(name.partition(".")[0] == "unittest" for name in used)
