@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -236,7 +237,7 @@ class Runner:
             self._staleness.admit()
             self._buffer.admitted(group_id, version)
             self._unfinished.add(group_id)
-            groups.create_task(self._run_group(group_id, row), name=f"group {group_id}").add_done_callback(self._wake_up)
+            groups.create_task(self._run_group(group_id, row, version), name=f"group {group_id}").add_done_callback(self._wake_up)
 
     def _wake_up(self, _: object) -> None:
         self._wake.set()
@@ -257,9 +258,10 @@ class Runner:
             row = {"prompt_id": f"row/{self._next_group}", **row}
         return row
 
-    async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
+    async def _run_group(self, group_id: int, row: dict[str, Any], version: int) -> None:
         try:
             episodes = await self._episodes(row)
+            self._check(episodes, version)
         except EpisodeDropped as dropped:
             self._finish(group_id, None)
             self._drop(dropped.cause, str(dropped))
@@ -301,12 +303,18 @@ class Runner:
             raise errors.exceptions[0] from None
         finally:
             group.end()
-        episodes, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
-        for episode in episodes:
-            if (length := max(map(len, episode))) > longest:
-                why = f"a sample of {length} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
+        return [task.result() for task in tasks]
+
+    def _check(self, episodes: list[list[Trajectory]], admitted: int) -> None:
+        """What the trainer and the buffer rely on; ``admitted``: the version at admission."""
+        longest = self.config.actor.mb_spec.max_tokens_per_mb
+        for trajectory in itertools.chain.from_iterable(episodes):
+            if len(trajectory) > longest:
+                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
                 raise EpisodeDropped("sample_too_long", why)
-        return episodes
+            if trajectory.oldest_version < admitted:
+                why = f"a token has version {trajectory.oldest_version}, but its episode began at version {admitted}"
+                raise EpisodeDropped("bad_trajectory", f"{why}; train only on what the episode's own engine sampled")
 
     def _drop(self, cause: str, message: str) -> None:
         self.drops.add(cause, message)

@@ -74,6 +74,7 @@ class AgentWorkflow:
             raise ConfigError(f"port={port} of AgentWorkflow is no port", "give one up to 65535, or 0 for a free one")
         if not 0 <= turn_discount <= 1:
             raise ConfigError(f"turn_discount={turn_discount} of AgentWorkflow is not a discount", "give a number from 0 to 1")
+        parser = import_object("tool_parser", tool_parser) if isinstance(tool_parser, str) else tool_parser
         if tokenizer is None:
             raise ConfigError("AgentWorkflow has no tokenizer: messages cannot become tokens", "give tokenizer=, or set actor.path")
         if agent_kwargs is not None and not isinstance(agent_kwargs, Mapping):
@@ -85,7 +86,7 @@ class AgentWorkflow:
         self._discount = turn_discount
         tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._chat = Chat(tokenizer, options, import_object("tool_parser", tool_parser) if isinstance(tool_parser, str) else tool_parser)
+        self._chat = Chat(tokenizer, options, parser)
         self._gconfig, self._max_context = gconfig, max_context
         self._rules = SamplingRules(gconfig, training=training, max_context=max_context)
         self._address = (host, port)
