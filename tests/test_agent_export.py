@@ -101,6 +101,6 @@ def test_settings_of_a_call() -> None:
         evaluation.gconfig(refused, 1)
     assert evaluation.gconfig(Sampling(temperature=0.0, top_p=0.0, top_k=9), 10**6).top_p == pytest.approx(1e-6)
     assert training.gconfig(Sampling(), 59).max_new_tokens == 1
-    with pytest.raises(ApiError, match=r"60 tokens.*60 tokens \(rollout.max_context\)") as error:
+    with pytest.raises(ApiError, match=r"60 tokens.*60 tokens \(the least of rollout.max_context") as error:
         training.gconfig(Sampling(), 60)
     assert error.value.code == "context_length_exceeded"
