@@ -2,17 +2,17 @@
 
 A real embedded server, the real runner and buffer; no trainer: batches are taken as soon as they are there, and the staleness bound is out of
 the way (the table says for how many groups it must have room). ``max_concurrent_rollouts`` groups of one sample generate, on as many slots.
-The repeats of the variants take turns, each has a server of its own while it runs:
+It runs all the time; every few seconds the scorer of new groups changes, and once those of the one before are through, tokens are counted:
 
     instant            an async scorer that returns at once
     async              one that sleeps on the event loop
-    async, counted     the same with groups that wait for scores counted as if they were generating: what is to be avoided
+    async, counted     the same with groups that wait for scores counted as if they generated: what is to be avoided
     worker processes   a plain function that sleeps, in ``--workers`` processes
     http service       the sleeping async scorer in ``areal reward-server``
 
-What counts is generated tokens a second, by the server's own counter.
+What counts is generated tokens a second by the server's own counter, against those of ``instant`` in the same round.
 
-    python -m benchmarks reward_latency -- [--repeats 5] [--seconds 10] [--latency 1] [--in-flight 64] [--tokens 512]
+    python -m benchmarks reward_latency -- [--rounds 15] [--seconds 3] [--latency 1] [--in-flight 64] [--tokens 384]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.buffer import TrajectoryBuffer
-from areal.config import GRPOConfig
+from areal.config import GenerationConfig, GRPOConfig
 from areal.inference.client import RolloutClient
 from areal.inference.servers import start_server
 from areal.reward import RewardService
@@ -48,19 +49,36 @@ BATCH, ETA = 16, 10**6
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rows(latency: float) -> Iterator[dict[str, Any]]:
-    for i in itertools.count():
-        yield {"prompt": f"a{i % 10}b=", "prompt_id": f"row {i}", "epoch": 0, "seconds": latency}
+class Scored:
+    """``RLVRWorkflow`` with the scorer that a row names, and answers of half to one and a half times the length: of one length they would
+    all end in the same moment."""
+
+    def __init__(self, scorers: dict[str, Callable[..., Any]], gconfig: GenerationConfig, tokenizer: Any) -> None:
+        lengths = [gconfig.max_new_tokens * (8 + step) // 16 for step in range(17)]
+        self._workflows = {
+            name: [RLVRWorkflow(scorer, gconfig.new(max_new_tokens=length), tokenizer) for length in lengths]
+            for name, scorer in scorers.items()
+        }
+
+    async def arun_episode(self, engine: Any, data: dict[str, Any]) -> dict[str, Any]:
+        return await self._workflows[data["scorer"]][data["length"]].arun_episode(engine, data)
 
 
 class Rollouts:
-    """Everything of a run that generates, and a consumer in the trainer's place."""
+    """Everything of a run that generates, and a consumer in the trainer's place. ``scorer`` is that of the groups to come."""
 
-    def __init__(self, config: GRPOConfig, client: RolloutClient, reward_fn: Callable[..., Any], tokenizer: Any, latency: float) -> None:
+    def __init__(self, config: GRPOConfig, client: RolloutClient, workflow: Scored, latency: float) -> None:
+        self.scorer = INSTANT
+        self.latency = latency
         self.staleness = StalenessManager(BATCH, ETA, config.rollout.max_concurrent_rollouts)
         self.buffer = TrajectoryBuffer(BATCH, ETA)
-        workflow = RLVRWorkflow(reward_fn, config.gconfig, tokenizer)
-        self.runner = Runner(config, client, workflow, rows(latency), self.staleness, self.buffer)
+        self.runner = Runner(config, client, workflow, self.rows(), self.staleness, self.buffer)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        lengths = random.Random(0)
+        for i in itertools.count():
+            row = {"prompt": f"a{i % 10}b=", "prompt_id": f"row {i}", "epoch": 0, "length": lengths.randrange(17)}
+            yield {**row, "scorer": self.scorer, "seconds": self.latency}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -77,42 +95,63 @@ def config_of(arguments: argparse.Namespace, model: Path) -> GRPOConfig:
             "gconfig": {"n_samples": 1, "max_new_tokens": arguments.tokens, "ignore_eos": True},
             "rollout": {
                 "backend": "embedded:d1", "device": "cpu", "max_running_requests": arguments.in_flight,
-                "max_concurrent_rollouts": arguments.in_flight, "max_context": arguments.tokens + 64,
+                "max_concurrent_rollouts": arguments.in_flight, "max_context": 2 * arguments.tokens,
             },
         }
     )  # fmt: skip
 
 
 async def measure(
-    name: str, arguments: argparse.Namespace, model: Path, tokenizer: Any, folder: Path, service_url: str
-) -> dict[str, float]:
+    arguments: argparse.Namespace, model: Path, tokenizer: Any, folder: Path, service: str
+) -> dict[str, list[dict[str, float]]]:
+    """What each variant did in each round."""
     config = config_of(arguments, model)
-    functions = {INSTANT: at_once, ASYNC: sleeps_async, COUNTED: sleeps_async, WORKERS: sleeps, HTTP: HTTPReward(service_url, 60, 1024)}
+    scorers = {INSTANT: at_once, ASYNC: sleeps_async, COUNTED: sleeps_async, WORKERS: sleeps, HTTP: HTTPReward(service, 60, 1024)}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     async with AsyncExitStack() as resources:
         rewards = await resources.enter_async_context(RewardService(arguments.workers, 60, folder / "logs", 1024))
-        if name == WORKERS:
-            rewards.start()
-            while rewards.n_ready < arguments.workers:
-                await asyncio.sleep(0.1)
+        rewards.start()
+        while rewards.n_ready < arguments.workers:
+            await asyncio.sleep(0.1)
         server = await start_server(config, model, folder, 0)
         resources.callback(server.terminate)
         client = RolloutClient(config.rollout, [server.url], [server.process])
         resources.push_async_callback(client.close)
-        rollouts = Rollouts(config, client, functions[name], tokenizer, arguments.latency)
-        rollouts.runner.slots.scores_come_last = name != COUNTED
+        rollouts = Rollouts(config, client, Scored(scorers, config.gconfig, tokenizer), arguments.latency)
         running = asyncio.create_task(rollouts.run())
-        await asyncio.wait([running], timeout=arguments.settle)
-        marks, waiting = [await _read(client, server.url)], []
-        rewards.counters.read()
-        while marks[-1][0] < marks[0][0] + arguments.seconds:
-            await asyncio.wait([running], timeout=0.25)
-            waiting.append(rollouts.staleness.n_waiting)
-            marks.append(await _read(client, server.url))
-        begin, end, row = marks[0], marks[-1], rewards.counters.read()
-        if running.done():
-            running.result()
+        for number in range(-1, arguments.rounds):  # the first round warms up
+            for place in range(len(VARIANTS)):
+                name = VARIANTS[(number + place) % len(VARIANTS)]
+                row = await _slice(name, arguments, rollouts, client, server.url, rewards, running)
+                if number >= 0:
+                    results[name].append(row)
+                    print(f"{name:17} round {number}: {row['tokens/s']:8.0f} tokens/s", file=sys.stderr, flush=True)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+    return results
+
+
+async def _slice(
+    name: str,
+    arguments: argparse.Namespace,
+    rollouts: Rollouts,
+    client: RolloutClient,
+    url: str,
+    rewards: RewardService,
+    running: asyncio.Task[None],
+) -> dict[str, float]:
+    rollouts.scorer = name
+    rollouts.runner.slots.scores_come_last = name != COUNTED
+    await asyncio.wait([running], timeout=arguments.settle)
+    marks, waiting = [await _read(client, url)], []
+    rewards.counters.read()
+    while marks[-1][0] < marks[0][0] + arguments.seconds:
+        await asyncio.wait([running], timeout=0.25)
+        waiting.append(rollouts.staleness.n_waiting)
+        marks.append(await _read(client, url))
+    if running.done():
+        running.result()
+    begin, end, row = marks[0], marks[-1], rewards.counters.read()
     if row["reward_failures"]:
         raise RuntimeError(f"{name}: scores failed: {row['reward_failures']}")
     tokens, busy = ((end[i] - begin[i]) / (end[0] - begin[0]) for i in (1, 2))
@@ -139,41 +178,34 @@ def start_service() -> tuple[subprocess.Popen[str], str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks reward_latency", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one measurement")
-    parser.add_argument("--settle", type=float, default=5.0, metavar="SECONDS", help="before it")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--settle", type=float, default=3.0, metavar="SECONDS", help="before it, for the groups of the scorer before")
     parser.add_argument("--latency", type=float, default=1.0, metavar="SECONDS", help="of a score")
     parser.add_argument("--in-flight", type=int, default=64, help="groups that generate, and slots of the server")
-    parser.add_argument("--tokens", type=int, default=512, help="of an answer")
-    parser.add_argument("--workers", type=int, default=64, help="processes of the variant that has them")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons; the first one is the yardstick")
+    parser.add_argument("--tokens", type=int, default=384, help="of an answer, on average")
+    parser.add_argument("--workers", type=int, default=96, help="processes of the variant that has them")
     arguments = parser.parse_args(argv)
-    results: dict[str, list[dict[str, float]]] = {}
     service, url = start_service()
     try:
         with tempfile.TemporaryDirectory(prefix="areal-bench-") as name:
-            tokenizer = make_model(
-                Path(name) / "model", hidden_size=96, intermediate_size=288, num_attention_heads=4, num_key_value_heads=2
-            )
-            for repeat, variant in itertools.product(range(arguments.repeats), arguments.variants.split(";")):
-                folder = Path(name) / f"{variant}-{repeat}"
-                row = asyncio.run(measure(variant, arguments, Path(name) / "model", tokenizer, folder, url))
-                results.setdefault(variant, []).append(row)
-                print(f"{variant:17} run {repeat}: {row['tokens/s']:8.0f} tokens/s", file=sys.stderr, flush=True)
+            model = Path(name) / "model"
+            tokenizer = make_model(model, hidden_size=96, intermediate_size=288, num_attention_heads=4, num_key_value_heads=2)
+            results = asyncio.run(measure(arguments, model, tokenizer, Path(name), url))
     finally:
         service.terminate()
         service.wait(20)
-    report("reward_latency", table(results), **{k: v for k, v in vars(arguments).items() if k != "variants"})
+    report("reward_latency", table(results), **vars(arguments))
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """Medians; the share of the first variant's tokens is taken repeat by repeat, so that a slow spell of the machine hits both."""
-    first = next(iter(results.values()))
+    """Medians; the share of ``instant`` is taken round by round, so that a slow spell of the machine hits both."""
     lines = []
-    for variant, runs in results.items():
-        shares = [run["tokens/s"] / yardstick["tokens/s"] for run, yardstick in zip(runs, first, strict=True)]
-        medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        lines.append({"scorer": variant, **medians, "of instant": statistics.median(shares), "least": min(shares), "most": max(shares)})
+    for variant, rounds in results.items():
+        shares = [row["tokens/s"] / yardstick["tokens/s"] for row, yardstick in zip(rounds, results[INSTANT], strict=True)]
+        low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+        medians = {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
+        lines.append({"scorer": variant, **medians, "of instant": middle, "quartiles": f"{low:.3f} {high:.3f}"})
     return lines
 
 

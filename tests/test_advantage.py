@@ -100,3 +100,14 @@ def test_leave_one_out_of_equal_episodes_teaches_nothing():
     assert values([group], reward_norm={"mean_level": "leave_one_out", "std_level": "batch"})[0] == [0.0, 0.0, 0.0]
     group.episode_sizes = [3]
     assert values([group], reward_norm={"mean_level": "leave_one_out", "std_level": "none"})[0] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("std_level", ["none", "group", "batch"])
+def test_sequences_of_the_same_reward_are_as_one(std_level):
+    """Whatever is left out or divided by: an episode in pieces is that episode."""
+    norm = {"mean_level": "leave_one_out", "std_level": std_level}
+    whole = values(make_groups([[1.0, 0.0, 0.25], [0.5, 0.5, 0.0]]), reward_norm=norm)
+    cut = make_groups([[1.0, 1.0, 0.0, 0.25], [0.5, 0.5, 0.0]])
+    cut[0].episode_sizes = [2, 1, 1]
+    got = values(cut, reward_norm=norm)
+    assert got[0] == pytest.approx([whole[0][0], *whole[0]], rel=1e-6) and got[1] == pytest.approx(whole[1], rel=1e-6)

@@ -215,7 +215,7 @@ def test_plain_completions_that_go_on_take_over_tokens(text: str) -> None:
     async def main(t: Talk) -> None:
         async def complete(prompt: str | list[int], reason: str = CUT) -> None:
             t.engine.texts.append((text, reason))
-            await t.session.answer(parse_completion(orjson.dumps({"prompt": prompt, "stop": ["e"]})))
+            await t.session.answer(parse_completion(orjson.dumps({"prompt": prompt, "stop": ["?"]})))
 
         await complete("the abc")
         first = t.session.turns[0]
@@ -232,9 +232,41 @@ def test_plain_completions_that_go_on_take_over_tokens(text: str) -> None:
     talk(main, "none")
 
 
+def test_what_was_sampled_behind_a_stop_string_is_no_part_of_the_turn() -> None:
+    """A server that goes on with an answer sees only what it sampled itself, and not a stop string that an interruption cut in two."""
+
+    async def main(t: Talk) -> None:
+        for reason in (ENDED, CUT):
+            answer = await t.say(ASK, "3*4=]] and on", reason, stop=["=]", "?"])
+            turn = t.session.turns[-1]
+            assert answer["content"] == "3*4" and t.shown(turn.response.output_tokens) == "3*4=]" and turn.response.stop_reason == "stop"
+            assert len(turn.response.output_logprobs) == len(turn.response.output_versions) == len("3*4=]")
+        await t.say([*ASK, answer, *MORE], "all of it", stop=["?"])
+        assert t.session.turns[-1].parent is t.session.turns[-2] and t.shown(t.session.turns[-1].response.output_tokens).startswith(
+            "all of it"
+        )
+
+    talk(main, "qwen2.5")
+
+
+def test_large_integers_of_tool_calls_are_exact() -> None:
+    async def main(t: Talk) -> None:
+        call = '<tool_call>{"name":"add","arguments":{"b":123456789012345678901234567890,"a":"é"}}</tool_call>'
+        answer = await t.say(ASK, call, tools=TOOLS)
+        assert orjson.loads(answer["tool_calls"][0]["function"]["arguments"])["a"] == "é"
+        assert '"b":123456789012345678901234567890' in answer["tool_calls"][0]["function"]["arguments"]
+        await t.say([*ASK, answer, *RESULT], "ok", tools=TOOLS)
+        assert t.session.turns[1].parent is t.session.turns[0]
+
+    talk(main, "qwen2.5")
+
+
 def test_hermes_tool_calls() -> None:
     text, calls = hermes('So:\n<tool_call>{"name": "f", "arguments": {"x": [1, "}"]}}</tool_call>\n<tool_call>\n{"name": "g"}')
     assert text == "So:" and [(call.name, call.arguments) for call in calls] == [("f", {"x": [1, "}"]}), ("g", {})]
     assert len({call.id for call in calls}) == 2
-    for bad in ("<tool_call>{no json}</tool_call>", "<tool_call>[1]</tool_call>", '<tool_call>{"name": "f"</tool_call>', "plain"):
+    deep, half, none = "[" * 100_000, '"\\ud800"', "NaN"
+    for bad in ("{no json}", "[1]", '{"name": "f"', *(f'{{"name": "f", "arguments": {{"x": {x}}}}}' for x in (deep, half, none))):
+        assert hermes(f"<tool_call>{bad}</tool_call>") == (f"<tool_call>{bad}</tool_call>", [])
+    for bad in ("plain", ""):
         assert hermes(bad) == (bad, [])

@@ -138,6 +138,11 @@ def test_refusals_name_the_field() -> None:
                     ({"logit_bias": {"5": 1}}, "logit_bias"),
                     ({"presence_penalty": 0.5}, "presence_penalty"),
                     ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
+                    ({"modalities": 3}, "modalities"),
+                    ({"modalities": ["audio"]}, "modalities"),
+                    ({"min_tokens": 4}, "min_tokens"),
+                    ({"guided_json": {}}, "guided_json"),
+                    ({"max_completion_tokens": None, "max_tokens": 0}, "max_tokens"),
                 ):
                     status, answer = await call(http, url, key, HELLO | change)
                     assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, param, "invalid_request_error"), change
@@ -167,6 +172,7 @@ def test_unknown_fields_are_ignored() -> None:
                     "logit_bias": {},
                     "whatever": [1],
                     "top_logprobs": 0,
+                    "modalities": ["text"],
                 }
                 assert (await call(http, url, key, HELLO | fields))[0] == 200
 

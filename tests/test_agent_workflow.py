@@ -15,13 +15,15 @@ from typing import Any
 import aiohttp
 import openai
 import orjson
+import psutil
 import pytest
 from chat_templates import byte_tokenizer
 
 from areal.agent import AgentWorkflow
 from areal.config import ConfigError, GenerationConfig
 from areal.config_load import load_expr_config
-from areal.reward import RewardFailure
+from areal.generation_slots import EpisodeSlot, GenerationSlots, GroupSlot
+from areal.reward import AsyncRewardWrapper, RewardFailure, RewardService
 from areal.runner import run_episode
 from areal.types import ModelRequest, ModelResponse
 from areal.workflow.base import EpisodeDropped
@@ -218,6 +220,35 @@ def test_the_shared_client_survives_agents_that_close_it() -> None:
         assert len(set(map(id, clients))) == 1 and not clients[0].is_closed
         await workflow.aclose()
         assert clients[0].is_closed
+
+    asyncio.run(main())
+
+
+def one_point(prompt: str, completions: str, prompt_ids: list[int], completion_ids: list[int], **row: Any) -> float:
+    return 1.0
+
+
+def scores_in_its_own_loop(data: dict[str, Any], base_url: str, api_key: str, http_client: Any) -> float:
+    http_client.post(f"{base_url}/chat/completions", json=HELLO, headers={"Authorization": f"Bearer {api_key}"})
+    return asyncio.run(AsyncRewardWrapper(one_point)("", "", [], []))
+
+
+def test_threads_score_with_the_workers_of_the_run() -> None:
+    """Each ``asyncio.run`` of an agent is a loop without a reward service; and the runner's slots are not told from threads."""
+    told: list[threading.Thread] = []
+
+    class Counter:
+        def wait_for_scores(self, n: int) -> None:
+            told.append(threading.current_thread())
+
+    async def main() -> None:
+        async with RewardService(timeout=60):
+            workflow = AgentWorkflow(scores_in_its_own_loop, GCONFIG, TOKENIZER)
+            group = GroupSlot(GenerationSlots(Counter(), lambda: None), 3)
+            episodes = (run_episode(Engine(), workflow, {}, seed=0, slot=EpisodeSlot(group)) for _ in range(3))  # type: ignore[arg-type]
+            assert [t.reward for (t,) in await asyncio.gather(*episodes)] == [1.0] * 3
+            assert len(psutil.Process().children(recursive=True)) <= 1 and set(told) <= {threading.main_thread()}
+            await workflow.aclose()
 
     asyncio.run(main())
 

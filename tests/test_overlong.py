@@ -89,3 +89,12 @@ def test_truncated_sequences_are_not_trained_on() -> None:
     row = batch_row(groups[:1], 5, everything)
     assert n_masked == 2 and (row["tokens_trained"], row["staleness_mean"], row["staleness_max"]) == (0, 0.0, 0)
     assert without_truncated(groups[1:]) == (groups[1:], 0)
+
+
+def test_a_truncated_answer_is_compared_with_its_penalty() -> None:
+    """That it is not trained on does not make it a short one."""
+    groups = [Group(0, {}, [sequence(3, 5), sequence(3, 20, truncated=True)])]
+    trained, _ = without_truncated(groups)
+    config = ActorConfig(path="x", overlong_reward_penalty=True, overlong_tokens=8, reward_norm={"std_level": "none"})  # type: ignore[arg-type]
+    ((kept, masked),) = compute_advantages(trained, config, MOST, answered=groups)
+    assert kept[3:].tolist() == [0.5] * 5 and not masked.any()  # 1 against a mean of (1 + 0) / 2

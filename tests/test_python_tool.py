@@ -12,13 +12,12 @@ from scripted_engine import ScriptedEngine
 
 from areal.config import GenerationConfig
 from areal.reward import RewardService
-from areal.reward.run_python import RunPython
+from areal.reward.run_python import RunPython, clip
 from areal.reward.sandbox.limits import Limits
 from areal.types import Trajectory
-from areal.workflow import EpisodeDropped, ToolWorkflow, to_trajectory
+from areal.workflow import EpisodeDropped, ToolCall, ToolWorkflow, to_trajectory
 from areal.workflow.tools.formats import HermesFormat, PythonFormat
 from areal.workflow.tools.python import python_tool
-from areal.workflow.tools.tool import clip
 
 RUN = RunPython(limits=Limits(cpu_seconds=2.0, wall_seconds=60.0, output_bytes=10_000))
 
@@ -35,6 +34,7 @@ RUN = RunPython(limits=Limits(cpu_seconds=2.0, wall_seconds=60.0, output_bytes=1
         ("def double(n):\n    return 2 * n\n\nif __name__ == '__main__':\n    print(double(4))", "8\n"),
         ("import math\nmath.comb(5, 2)", "10\n"),
         ("import sys\nprint('no', file=sys.stderr)\nsys.exit(3)", "no\n"),
+        ("import os\nos._exit(3)", "Error: the program failed, and printed nothing"),
         ("x = '''{}'''\nx.format(1)", "'1'\n"),
         ("1/0", 'Traceback (most recent call last):\n  File "tool.py", line 1, in <module>\n    1/0\n'),
         ("x = (1\ny", '  File "tool.py", line 1\n    x = (1\n        ^\nSyntaxError: '),
@@ -136,3 +136,21 @@ def test_formats_read_calls() -> None:
 def test_long_results_lose_their_middle() -> None:
     assert clip("a" * 10, 10) == "a" * 10
     assert clip("a" * 50 + "b" * 51, 20) == "a" * 10 + "\n[81 characters left out]\n" + "b" * 10
+
+
+@pytest.mark.parametrize("max_result_chars", [100, 4000, 50_000])
+def test_megabytes_are_told_without_their_middle(max_result_chars: int) -> None:
+    """Whatever their characters need on their way from the worker."""
+    workflow = ToolWorkflow(
+        length, GenerationConfig(), byte_tokenizer("none"), format="python", tool_timeout=60, max_result_chars=max_result_chars
+    )
+
+    async def main() -> None:
+        async with RewardService(timeout=60):
+            for printed in ("x", "\U0001f600", "\x01"):
+                text = await workflow._result(ToolCall("python", {"code": f"print({printed!r} * 1_000_000)"}))
+                assert text.startswith(printed) and text.endswith(printed + "\n") and len(text) <= min(max_result_chars, 4900)
+                assert text.count(printed) + int(text.partition("[")[2].partition(" characters left out")[0]) == 1_000_000
+            assert "TypeError: code is a string, not int" in await workflow._result(ToolCall("python", {"code": 7}))
+
+    asyncio.run(main())

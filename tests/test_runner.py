@@ -193,6 +193,14 @@ class _Misbehaving:
                 return None
             case "hang":
                 await asyncio.sleep(60)
+            case "swallow":
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(60)
+                return None
+            case "go on":
+                while True:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(60)
             case "list":
                 return [1, 2]
             case "refuse":
@@ -206,7 +214,7 @@ class _Misbehaving:
                 values = {"loss_mask": [0] + [1] * n, "logprobs": [0.0] * (n + 1), "versions": [-1] + [0] * n}
                 return {"input_ids": [3] * (n + 1), "rewards": 0.0, **values}
         response = await engine.agenerate(ModelRequest([3, 4], _config().gconfig))
-        assert engine.get_version() == 0
+        assert engine.get_version() in (0, 3)
         n = response.output_len
         return {
             "input_ids": response.input_tokens + response.output_tokens,
@@ -217,9 +225,11 @@ class _Misbehaving:
         }
 
 
-def test_workflows_that_misbehave(server: Server) -> None:
+def test_workflows_that_misbehave(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal.runner._END_SECONDS", 0.5)
+
     async def main() -> None:
-        acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long"]
+        acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long", "swallow", "go on"]
         loop = _Loop(_config(rollout={"episode_timeout": 1.0}), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
@@ -227,11 +237,26 @@ def test_workflows_that_misbehave(server: Server) -> None:
                 "workflow_raised": 2,
                 "sample_too_long": 1,
                 "workflow_none": 1,
-                "episode_timeout": 1,
+                "episode_timeout": 3,
                 "bad_trajectory": 1,
                 "too_dull": 1,
             }
             assert loop.drops.totals == dict(sorted(expected.items()))
+
+    _run(main)
+
+
+def test_tokens_from_before_the_admission_are_not_trained_on(server: Server) -> None:
+    """A workflow that keeps answers of earlier episodes: the age bound counts on there being none."""
+
+    async def main() -> None:
+        loop = _Loop(_config(), [server], None, None, _Misbehaving())
+        loop.client.add_server(server.url, server.process, version=3)  # the server's tokens are of version 0
+        async with _running(loop) as task:
+            with pytest.raises(BaseExceptionGroup) as caught:
+                await asyncio.wait_for(task, 30)
+            assert caught.group_contains(RunnerError, match="a token has version 0, but its episode began at version 3")
+            assert set(loop.drops.totals) == {"bad_trajectory"}
 
     _run(main)
 

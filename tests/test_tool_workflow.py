@@ -137,6 +137,11 @@ def test_results_of_all_kinds_of_tools() -> None:
     async def hangs() -> None:
         await asyncio.sleep(60)
 
+    async def circle() -> list[Any]:
+        found: list[Any] = []
+        found.append(found)
+        return found
+
     async def main() -> None:
         async with RewardService(timeout=60):
             assert await Tool("a", on_the_loop).result({"x": 3}) == '{"x": 3}'
@@ -147,6 +152,7 @@ def test_results_of_all_kinds_of_tools() -> None:
             with pytest.raises(EpisodeDropped, match="the tool 'down': ConnectionError: no data base") as caught:
                 await Tool("down", is_down, faults=("ConnectionError",)).result({})
             assert caught.value.cause == "tool_failed"
+            assert await Tool("c", circle).result({}) == "Error: ValueError: Circular reference detected"
             assert "at most 60000 bytes" in await Tool("big", long_text).result({})
 
     asyncio.run(main())

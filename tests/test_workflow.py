@@ -55,9 +55,9 @@ def test_an_episode_of_several_sequences() -> None:
     assert (len(b), b.reward, b.truncated, b.final_answer) == (3, 0.5, True, "3")
     padded = {key: torch.tensor([GOOD[key], [*short[key], 0]]) for key in short}
     batched = {**padded, "rewards": torch.tensor([1.0, 0.5]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
-    a, b = to_trajectories(batched)
+    a, b = to_trajectories({**batched, "final_answer": "3"})
     _check(a)
-    assert len(b) == 3 and b.reward == 0.5
+    assert len(b) == 3 and b.reward == 0.5 and b.final_answer == "3"
     (only,) = to_trajectories(GOOD)
     _check(only)
     with pytest.raises(TrajectoryError, match=r"'rewards' has shape \[1\], its input_ids hold 2"):
@@ -88,6 +88,7 @@ def test_log_probs_outside_of_the_loss_are_cleared() -> None:
         ({"input_ids": [[1, 2, 3, 4], [1, 2, 3, 4]]}, r"shape \[2, 4\]"),
         ({"attention_mask": [1, 1]}, "attention_mask has 2 entries"),
         ({"input_ids": [[1], [2, 3]]}, "not an array"),
+        ({"input_ids": [-100, 6, 7, 8]}, "negative token"),
     ],
 )
 def test_wrong_results_are_one_sentence(change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from runs import ROOT, TrainRun
 from scripted_engine import ScriptedEngine
 
@@ -92,8 +93,15 @@ def test_tools(tmp_path: Path) -> None:
     assert t.reward == 1.0 and t.input_ids.tolist() == build_tokenizer().encode("a7=a45#3")
 
 
-def test_mistakes_are_one_sentence_before_servers_start(tmp_path: Path) -> None:
-    run = TrainRun(tmp_path, *SHORT, "workflow=areal:MultiTurnWorkflow", env=ENV)
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("workflow=areal:MultiTurnWorkflow", ["error: the tokenizer has no tokens for ", "set workflow_kwargs.feedback"]),
+        ("workflow_kwargs.max_turns=2", ["got an unexpected keyword argument 'max_turns'", "correct workflow_kwargs"]),
+    ],
+)
+def test_mistakes_are_one_sentence_before_servers_start(tmp_path: Path, word: str, said: list[str]) -> None:
+    run = TrainRun(tmp_path, *SHORT, word, env=ENV)
     assert run.finish() != 0
-    assert "error: the tokenizer has no tokens for " in run.stderr and "set workflow_kwargs.feedback" in run.stderr
+    assert all(words in run.stderr for words in said)
     assert "Traceback" not in run.stderr and not list(run.folder.rglob("rollout_0.log"))

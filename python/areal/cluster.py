@@ -25,12 +25,14 @@ from areal.reward.sandbox.levels import describe
 from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_lock
 from areal.runner import DropCounter
 from areal.stats import StatsLogger
+from areal.threads import use_daemon_threads
 from areal.trainer.worker import TrainerHandle
 from areal.weight_sync.shm import unlink_stale
 from areal.weight_sync.transports import weights_folder
 from areal.weight_sync.updater import WeightUpdater
 from areal.workflow.base import RolloutWorkflow
 from areal.workflow.build import build_workflow, reward_function
+from areal.workflow.user_code import end_others
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Cluster:
 
     async def open(self) -> None:
         refuse_second_start()
+        use_daemon_threads()
         config = self.config
         train, valid = self.given_rows
         self.train_dataset = train if isinstance(train, Iterator) else load_dataset(config.train_dataset, config.seed, given=train)
@@ -80,7 +83,7 @@ class Cluster:
         if not self._with_rollout:
             await self._start_trainer()
             return
-        if config.workflow:
+        if config.workflow or config.workflow_kwargs:
             build_workflow(config, self.tokenizer)  # mistakes in workflow_kwargs are told before servers start
         self.rewards = await self._resources.enter_async_context(
             RewardService(config.reward.workers, config.reward.timeout, self.run_folder / "logs", config.reward.max_concurrent)
@@ -115,6 +118,7 @@ class Cluster:
 
     async def close(self) -> None:
         await self._resources.aclose()
+        await end_others()  # what users' code left
 
     async def _start_trainer(self) -> None:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)

@@ -331,8 +331,7 @@ class GRPOConfig(Section):
     total_train_steps: int = Field(100, ge=1)
     """Train steps of reinforcement learning."""
     reward_fn: str = ""
-    """Import path of the reward function, package.module:name, or the address of a service, http://host:port/score; empty = that of the
-    data set."""
+    """Import path of the reward function, package.module:name, or address of a service, http://host:port/score; empty = the data set's."""
     workflow: str = ""
     """Import path of the workflow, package.module:Name; empty = one answer to one prompt (RLVRWorkflow)."""
     workflow_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -178,7 +178,7 @@ class PPOTrainer:
                 if log is not None:
                     log.write(groups, step)
                 trained, n_masked = without_truncated(groups) if config.actor.mask_truncated else (groups, 0)
-                batch = await asyncio.to_thread(self._pack, trained)
+                batch = await asyncio.to_thread(self._pack, trained, groups)
                 async with cluster.weights.changing_weights():
                     train_stats = await cluster.trainer.train_step(batch)
                     clock.trained(train_stats["spans"])
@@ -196,11 +196,11 @@ class PPOTrainer:
     def _dumps(self) -> bool:
         return self.config.stats_logger.dump_trajectories
 
-    def _pack(self, groups: list[Group]) -> TrainBatch:
+    def _pack(self, trained: list[Group], answered: list[Group]) -> TrainBatch:
         actor = self.config.actor
         return make_train_batch(
-            groups,
-            compute_advantages(groups, actor, self.config.gconfig.max_new_tokens),
+            trained,
+            compute_advantages(trained, actor, self.config.gconfig.max_new_tokens, answered=answered),
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
             world_size=self._cluster.trainer.world_size,

@@ -19,7 +19,9 @@ from areal.inference.client import RolloutClient
 from areal.inference.servers import start_server
 from areal.reward import RewardService
 from areal.run_folder import load_tokenizer
+from areal.threads import use_daemon_threads
 from areal.workflow.build import build_workflow
+from areal.workflow.user_code import end_others
 
 
 def run_eval(config: GRPOConfig, out: Path | None = None) -> Evaluation:
@@ -35,9 +37,11 @@ def run_eval(config: GRPOConfig, out: Path | None = None) -> Evaluation:
 
 
 async def _run(config: GRPOConfig, model_folder: Path, rows: list[dict[str, Any]], watcher: Watcher) -> Evaluation:
+    use_daemon_threads()
     tokenizer = load_tokenizer(model_folder)
     workflow = build_workflow(config, tokenizer, evaluation=True)
     async with AsyncExitStack() as resources:
+        resources.push_async_callback(end_others)
         logs = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="areal_eval_")))
         rewards = RewardService(config.reward.workers, config.reward.timeout, logs, config.reward.max_concurrent)
         await resources.enter_async_context(rewards)

@@ -2,13 +2,15 @@
 
 Invariants: every admitted group is handed to the buffer exactly once, as ``put`` or as ``reject``, and its slot returns in the same
 moment; a group is put only when all its samples were scored; a dropped group is counted once, by the cause of the sample that failed
-first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner leaves no task and no unfinished group behind.
+first; a group that the filter leaves out is rejected as a dropped one is, but counted by the filter, and no failure. A cancelled runner
+leaves no task and no unfinished group behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,8 +24,11 @@ from areal.reward import RewardFailure
 from areal.reward.service import score_watch
 from areal.types import Group, ModelRequest, ModelResponse, Trajectory
 from areal.workflow.base import FATAL, EpisodeDropped, RolloutWorkflow, TrajectoryError, to_trajectories
+from areal.workflow.user_code import CallFailed, begin, end, result_of
 
 log = logging.getLogger(__name__)
+_END_SECONDS = 15.0  # an agent has 10 of them
+_PAUSE = 1.0
 _LOGGED_PER_CAUSE = 3
 
 
@@ -67,9 +72,9 @@ class DropCounter:
 
 
 class EpisodeEngine:
-    """What one episode generates with: every call has its own seed, all samples of a prompt share a server."""
+    """What one episode generates with: every call has its own seed, all samples of a prompt share a server. After ``close`` it refuses."""
 
-    __slots__ = ("_calls", "_client", "_key", "_route", "_slot")
+    __slots__ = ("_calls", "_client", "_closed", "_key", "_route", "_slot")
 
     def __init__(self, client: RolloutClient, key: str, route: Route | None = None, slot: EpisodeSlot | None = None) -> None:
         self._client = client
@@ -77,9 +82,16 @@ class EpisodeEngine:
         self._route = route
         self._slot = slot
         self._calls = 0
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """As ``RolloutClient.agenerate``; the n-th call of an episode always has the same random numbers."""
+        if self._closed:
+            await asyncio.sleep(_PAUSE)  # a workflow that catches everything and tries again must not hold the event loop
+            raise RuntimeError("this engine's episode has ended")
         seed = derive_seed(self._key, self._calls)
         self._calls += 1
         if self._slot is None:
@@ -117,6 +129,8 @@ async def run_episode(
 ) -> list[Trajectory]:
     """One episode of a row, as checked trajectories: one, unless it has several sequences. With a ``slot`` it has a task of its own.
 
+    The workflow runs in a further task: when this one is cancelled it ends as cancelled, whatever the workflow makes of that.
+
     Raises:
         EpisodeDropped: it gave no sample; ``cause`` says why. Errors that are nobody's single episode (no server, no reward workers)
             come through as they are.
@@ -125,7 +139,13 @@ async def run_episode(
     if slot is not None:
         score_watch.set(slot)
     try:
-        result = await workflow.arun_episode(engine, dict(data))
+        task = begin(workflow.arun_episode(engine, dict(data)))
+        try:
+            await asyncio.wait({task})
+        finally:
+            engine.close()
+            await end(task, _END_SECONDS, "an episode")
+        result = result_of(task)
         if result is None:
             raise EpisodeDropped("workflow_none", "the workflow returned None")
         return to_trajectories(result)
@@ -139,12 +159,8 @@ async def run_episode(
         raise EpisodeDropped("bad_trajectory", str(error)) from error
     except TimeoutError as error:
         raise EpisodeDropped("request_timeout", str(error) or "a wait inside the workflow timed out") from error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Of something that the workflow itself waited for: the episode is lost, and must not vanish without a word.
-        raise EpisodeDropped("workflow_raised", "CancelledError: what the workflow waited for was cancelled") from error
+    except CallFailed as error:
+        raise EpisodeDropped("workflow_raised", str(error)) from error
     except Exception as error:  # boundary to the user's workflow: whatever it raises costs one group, counted
         log.debug("a workflow raised", exc_info=True)
         raise EpisodeDropped("workflow_raised", f"{type(error).__name__}: {error}") from error
@@ -221,7 +237,7 @@ class Runner:
             self._staleness.admit()
             self._buffer.admitted(group_id, version)
             self._unfinished.add(group_id)
-            groups.create_task(self._run_group(group_id, row), name=f"group {group_id}").add_done_callback(self._wake_up)
+            groups.create_task(self._run_group(group_id, row, version), name=f"group {group_id}").add_done_callback(self._wake_up)
 
     def _wake_up(self, _: object) -> None:
         self._wake.set()
@@ -242,9 +258,10 @@ class Runner:
             row = {"prompt_id": f"row/{self._next_group}", **row}
         return row
 
-    async def _run_group(self, group_id: int, row: dict[str, Any]) -> None:
+    async def _run_group(self, group_id: int, row: dict[str, Any], version: int) -> None:
         try:
             episodes = await self._episodes(row)
+            self._check(episodes, version)
         except EpisodeDropped as dropped:
             self._finish(group_id, None)
             self._drop(dropped.cause, str(dropped))
@@ -286,12 +303,18 @@ class Runner:
             raise errors.exceptions[0] from None
         finally:
             group.end()
-        episodes, longest = [task.result() for task in tasks], self.config.actor.mb_spec.max_tokens_per_mb
-        for episode in episodes:
-            if (length := max(map(len, episode))) > longest:
-                why = f"a sample of {length} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
+        return [task.result() for task in tasks]
+
+    def _check(self, episodes: list[list[Trajectory]], admitted: int) -> None:
+        """What the trainer and the buffer rely on; ``admitted``: the version at admission."""
+        longest = self.config.actor.mb_spec.max_tokens_per_mb
+        for trajectory in itertools.chain.from_iterable(episodes):
+            if len(trajectory) > longest:
+                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
                 raise EpisodeDropped("sample_too_long", why)
-        return episodes
+            if trajectory.oldest_version < admitted:
+                why = f"a token has version {trajectory.oldest_version}, but its episode began at version {admitted}"
+                raise EpisodeDropped("bad_trajectory", f"{why}; train only on what the episode's own engine sampled")
 
     def _drop(self, cause: str, message: str) -> None:
         self.drops.add(cause, message)

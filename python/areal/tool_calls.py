@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
-
-import orjson
 
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
@@ -25,7 +24,7 @@ class ToolCall:
 
     def json(self) -> dict[str, Any]:
         """In the form of OpenAI, which has the arguments as text."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": orjson.dumps(self.arguments).decode()}}
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": to_json(self.arguments)}}
 
 
 def hermes(text: str) -> tuple[str, list[ToolCall]]:
@@ -46,9 +45,33 @@ def hermes_calls(text: str) -> list[ToolCall]:
 
 def _call(block: str) -> ToolCall:
     try:
-        said = orjson.loads(block)
-    except orjson.JSONDecodeError as error:
+        said = from_json(block)
+    except ValueError as error:
         return ToolCall("", error=f"a tool call is a JSON object with name and arguments ({error})")
     if not isinstance(said, dict) or not isinstance(said.get("name"), str):
         return ToolCall("", error="a tool call is a JSON object with name and arguments")
     return ToolCall(said["name"], said.get("arguments", said.get("parameters", {})))
+
+
+def from_json(text: str) -> Any:
+    """By the standard library's parser: faster ones make floats of large integers.
+
+    Raises:
+        ValueError: it is no JSON (NaN is none), nested too deeply, or has half of a character, which no tokenizer takes.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def to_json(value: Any, *, in_order: bool = False) -> str:
+    """Of a value of ``from_json``; ``in_order``: equal values give equal texts."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=in_order)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")

@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from areal.tool_calls import from_json, to_json
+
 _ROLES = {"developer": "system"}
 _OF_CLIENTS = ("refusal", "annotations", "audio", "function_call", "parsed")
 """Fields of OpenAI's answers that say nothing to a template."""
@@ -66,8 +68,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # as OpenAI has it; templates want the object
         try:
-            arguments = orjson.loads(arguments) if arguments else {}
-        except orjson.JSONDecodeError:
+            arguments = from_json(arguments) if arguments else {}
+        except ValueError:
             pass  # a template can show the text as well
     return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -79,8 +81,10 @@ def chain_keys(messages: list[dict[str, Any]], before: bytes = b"") -> list[byte
     """
     keys = []
     for message in messages:
-        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())]
-        text = orjson.dumps([message["role"], message["content"], calls], option=orjson.OPT_SORT_KEYS)
+        calls = [
+            [call["function"]["name"], to_json(call["function"]["arguments"], in_order=True)] for call in message.get("tool_calls", ())
+        ]
+        text = orjson.dumps([message["role"], message["content"], calls])
         before = blake2b(before + text, digest_size=16).digest()
         keys.append(before)
     return keys

@@ -28,6 +28,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "top_logprobs": (None, 0),
     "ignore_eos": (None, False),
+    "min_tokens": (None, 0),
+    "stop_token_ids": (None, []),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "use_beam_search": (None, False),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "json_schema": (None,),
+    "regex": (None,),
+    "ebnf": (None,),
 }
 """Values at which a field asks for nothing that is not done anyway."""
 
@@ -84,7 +97,8 @@ class Call:
 def parse_chat(body: bytes) -> Call:
     """POST /v1/chat/completions. Raises ApiError naming the field."""
     fields = _object(body)
-    call = _common(fields, fields.get("max_completion_tokens", fields.get("max_tokens")))
+    longest = fields.get("max_completion_tokens")
+    call = _common(fields, fields.get("max_tokens") if longest is None else longest)
     try:
         call.messages = normalise(fields.get("messages"))
     except BadMessage as error:
@@ -98,7 +112,7 @@ def parse_chat(body: bytes) -> Call:
     wanted = fields.get("response_format")
     if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text"):
         raise ApiError(400, "response_format must be text: answers are sampled without a grammar", param="response_format")
-    if any(kind != "text" for kind in fields.get("modalities") or ()):
+    if (fields.get("modalities") or ["text"]) != ["text"]:
         raise ApiError(400, "modalities must be text", param="modalities")
     return call
 

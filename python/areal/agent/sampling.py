@@ -35,7 +35,8 @@ class SamplingRules:
         if self._max_context and n_prompt >= self._max_context:
             raise ApiError(
                 400,
-                f"the prompt has {n_prompt} tokens, and the context is {self._max_context} tokens (rollout.max_context)",
+                f"the prompt has {n_prompt} tokens, and the context is {self._max_context} tokens (the least of rollout.max_context, the "
+                "model's limit and in training actor.mb_spec.max_tokens_per_mb)",
                 param="messages",
                 code="context_length_exceeded",
             )

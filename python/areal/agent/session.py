@@ -1,15 +1,15 @@
 """One episode as the endpoint sees it: its calls, and what was sampled for each.
 
-Invariants: a turn holds the tokens, log-probs, versions and stop reason as the engine gave them; the prompt of a turn with a parent
-begins with the parent's prompt and output; after ``end`` nothing is generated or recorded. Errors that are not the call's own
-(``failure``) are there for the workflow before the agent gets its answer.
+Invariants: a turn holds the tokens, log-probs, versions and stop reason as the engine gave them, up to the first stop string; the prompt
+of a turn with a parent begins with the parent's prompt and output; after ``end`` nothing is generated or recorded. Errors that are not the
+call's own (``failure``) are there for the workflow before the agent gets its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from areal.agent.chat import Chat, Reply, Said
 from areal.agent.messages import chain_keys
@@ -20,6 +20,7 @@ from areal.config import GenerationConfig
 from areal.inference.client import RequestRejected
 from areal.types import ModelRequest, ModelResponse
 from areal.workflow.base import FATAL, GenerationEngine
+from areal.workflow.sequence import tokens_to_stop
 
 
 @dataclass(eq=False, slots=True)
@@ -107,7 +108,7 @@ class Session:
         number, self._calls = self._calls, self._calls + 1
         prompt = self._prompt(call)
         gconfig = self.rules.gconfig(call.sampling, len(prompt.ids))
-        responses = await self._generate(ModelRequest(prompt.ids, gconfig), call.n)
+        responses = [self._until_stop(r, gconfig) for r in await self._generate(ModelRequest(prompt.ids, gconfig), call.n)]
         name = f"{'chatcmpl' if call.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         choices = [self._record(call, number, prompt, response, gconfig, name, i) for i, response in enumerate(responses)]
         return Answer(name, choices, len(prompt.ids), sum(response.output_len for response in responses))
@@ -121,6 +122,14 @@ class Session:
             return [task.result() for task in tasks]
         except Exception as error:  # boundary to the engine: what is not the call's own fault must not end up with the agent
             raise self._told(error.exceptions[0] if isinstance(error, ExceptionGroup) else error) from error
+
+    def _until_stop(self, response: ModelResponse, gconfig: GenerationConfig) -> ModelResponse:
+        """Without what was sampled behind a stop string that began before an interruption (see ``tokens_to_stop``)."""
+        n = tokens_to_stop(response.output_tokens, gconfig.stop, lambda ids: self.chat.decode(list(ids), skip_special=False))
+        if n is None or n == response.output_len:
+            return response
+        tokens, logprobs, versions = response.output_tokens[:n], response.output_logprobs[:n], response.output_versions[:n]
+        return replace(response, output_tokens=tokens, output_logprobs=logprobs, output_versions=versions, stop_reason="stop")
 
     def _told(self, error: Exception) -> ApiError:
         if isinstance(error, RequestRejected):

@@ -6,8 +6,6 @@ import asyncio
 import contextvars
 import copy
 import inspect
-import logging
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,14 +17,16 @@ from areal.agent.http_clients import http_clients
 from areal.agent.sampling import SamplingRules
 from areal.agent.session import Session
 from areal.config import ConfigError, GenerationConfig
-from areal.reward.service import is_async
+from areal.reward.service import home_loop, is_async, score_watch
 from areal.run_folder import load_tokenizer
+from areal.threads import DaemonThreads
 from areal.tool_calls import ToolCall, hermes
+from areal.workflow.arguments import check_arguments
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object
+from areal.workflow.user_code import begin, end, result_of
 
-log = logging.getLogger(__name__)
-
-_STOP_TIMEOUT = 10.0
+_END_SECONDS = 10.0
+_THREADS = DaemonThreads()
 _GIVEN = ("base_url", "http_client", "api_key")
 
 
@@ -48,7 +48,7 @@ class AgentWorkflow:
         training: False = for evaluation: requests may set temperature, top_p and top_k.
         max_context: longest prompt + answer in tokens; 0 = the server's, which then refuses what is longer.
         enable_thinking: handed to the chat template; None = the template's own default.
-        tool_parser: how tool calls are read out of an answer.
+        tool_parser: how tool calls are read out of an answer (``areal.agent.hermes``), or the import path of such a function.
         host, port: what the endpoint listens on; port 0 = a free one.
     """
 
@@ -64,14 +64,21 @@ class AgentWorkflow:
         training: bool = True,
         max_context: int = 0,
         enable_thinking: bool | None = None,
-        tool_parser: Callable[[str], tuple[str, list[ToolCall]]] = hermes,
+        tool_parser: Callable[[str], tuple[str, list[ToolCall]]] | str = hermes,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
         if export_style not in get_args(Style):
             raise ConfigError(f"export_style={export_style!r} is not a style", f"use {' or '.join(get_args(Style))}")
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"port={port} of AgentWorkflow is no port", "give one up to 65535, or 0 for a free one")
+        if not 0 <= turn_discount <= 1:
+            raise ConfigError(f"turn_discount={turn_discount} of AgentWorkflow is not a discount", "give a number from 0 to 1")
+        parser = import_object("tool_parser", tool_parser) if isinstance(tool_parser, str) else tool_parser
         if tokenizer is None:
             raise ConfigError("AgentWorkflow has no tokenizer: messages cannot become tokens", "give tokenizer=, or set actor.path")
+        if agent_kwargs is not None and not isinstance(agent_kwargs, Mapping):
+            raise ConfigError(f"agent_kwargs of AgentWorkflow is a {type(agent_kwargs).__name__}", "give a mapping of arguments")
         self._run = _run_of(agent, agent_kwargs or {})
         self._on_loop = is_async(self._run)
         self._given = _accepted(self._run)
@@ -79,7 +86,7 @@ class AgentWorkflow:
         self._discount = turn_discount
         tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._chat = Chat(tokenizer, options, tool_parser)
+        self._chat = Chat(tokenizer, options, parser)
         self._gconfig, self._max_context = gconfig, max_context
         self._rules = SamplingRules(gconfig, training=training, max_context=max_context)
         self._address = (host, port)
@@ -117,23 +124,20 @@ class AgentWorkflow:
 
     async def _until_done(self, session: Session, data: dict[str, Any], base_url: str, key: str) -> Any:
         """What the agent returns; a failure of the session comes first, and ends the agent."""
-        agent = asyncio.ensure_future(self._agent(data, base_url, key))
+        agent = begin(self._agent(data, base_url, key))
         try:
             await asyncio.wait({agent, session.failure}, return_when=asyncio.FIRST_COMPLETED)
             if session.failure.done():
                 raise session.failure.result()
             try:
-                return agent.result()
+                return result_of(agent)
             except Exception as error:  # boundary to the user's agent
                 if session.refusal is None or isinstance(error, EpisodeDropped):
                     raise
                 cause = "prompt_too_long" if session.refusal.code == "context_length_exceeded" else "request_rejected"
                 raise EpisodeDropped(cause, f"{session.refusal} (the agent raised {type(error).__name__})") from error
         finally:
-            if not agent.done():
-                agent.cancel()
-                if not (await asyncio.wait({agent}, timeout=_STOP_TIMEOUT))[0]:
-                    log.warning("an agent did not end within %g s of being cancelled, and goes on without its key", _STOP_TIMEOUT)
+            await end(agent, _END_SECONDS, "an agent")
 
     async def _agent(self, data: dict[str, Any], base_url: str, key: str) -> Any:
         client = http_clients().asynchronous if self._on_loop else http_clients().synchronous
@@ -149,9 +153,12 @@ def _run_of(agent: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     if isinstance(agent, str):
         agent = import_object("agent", agent)
     if isinstance(agent, type):
+        check_arguments(agent, kwargs, "agent_kwargs")
         try:
             agent = agent(**kwargs)
-        except TypeError as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"the agent {agent!r} cannot be made: {error}", "correct agent_kwargs") from error
     elif kwargs:
         raise ConfigError(f"agent_kwargs were given, but the agent {agent!r} is not a class", "leave them out")
@@ -180,31 +187,19 @@ def _accepted(run: Callable[..., Any]) -> tuple[str, ...]:
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Runs it in a daemon thread of its own: a pool would bound how many episodes run, and hold up the end of the process."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
+    """Runs it in a thread of its own, which has the event loop to go back to for scores."""
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    context.run(home_loop.set, loop)
+    context.run(score_watch.set, None)  # it must not be told from another thread
 
-    def deliver(result: Any, error: BaseException | None) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
-
-    def work() -> None:
-        result: Any = None
-        raised: Exception | None = None
+    def work() -> Any:
         try:
-            result = context.run(function)
+            return context.run(function)
         except StopIteration as error:  # a future cannot hold it
-            raised = RuntimeError(f"the agent raised StopIteration: {error}")
-        except BaseException as error:  # boundary to the user's agent: the episode gets whatever it raised
-            raised = error if isinstance(error, Exception) else RuntimeError(f"the agent raised {error!r}")
-        try:
-            loop.call_soon_threadsafe(deliver, result, raised)
-        except RuntimeError:
-            pass  # the event loop has ended, and nobody waits any more
+            raise RuntimeError(f"the agent raised StopIteration: {error}") from error
+        except Exception:
+            raise
+        except BaseException as error:  # SystemExit is the agent's end, not the run's
+            raise RuntimeError(f"the agent raised {error!r}") from error
 
-    threading.Thread(target=work, name="agent", daemon=True).start()
-    return await done
+    return await loop.run_in_executor(_THREADS, work)

@@ -17,16 +17,24 @@ from areal.ops.normalize_advantages import normalize_advantages
 from areal.types import Group, Trajectory
 
 
-def compute_advantages(groups: Sequence[Group], config: ActorConfig, max_new_tokens: int) -> list[list[NDArray[np.float32]]]:
+def compute_advantages(
+    groups: Sequence[Group], config: ActorConfig, max_new_tokens: int, *, answered: Sequence[Group] | None = None
+) -> list[list[NDArray[np.float32]]]:
     """float32 [L] for every sample of every group: its advantage on loss tokens, 0 elsewhere.
 
     With ``overlong_reward_penalty`` the reward first becomes less by ``overlong_penalty`` of the sample's longest answer, where
-    ``max_new_tokens`` is the most an answer could have. The reward r then becomes (r + reward_bias) * reward_scaling, and is normalised by ``reward_norm`` over its group or the batch, in which
-    every episode counts once, however many sequences it has; the result is normalised by ``adv_norm`` over the loss tokens of the batch.
-    Whatever is normalised over a set of equal values gives 0 there: such a group or batch does not say which answer is better.
-    ``ValueError`` for an empty group or a reward that is not finite.
+    ``max_new_tokens`` is the most an answer could have. The reward r then becomes (r + reward_bias) * reward_scaling, and is normalised by
+    ``reward_norm`` over its group or the batch, in which every episode counts once, however many sequences it has; the result is normalised
+    by ``adv_norm`` over the loss tokens of the batch. Whatever is normalised over a set of equal values gives 0 there: such a group or batch
+    does not say which answer is better.
+
+    Args:
+        answered: the groups before ``without_truncated``, where that was called: how long an answer was does not depend on what is masked.
+
+    Raises:
+        ValueError: an empty group, or a reward that is not finite.
     """
-    rewards = [_shaped_rewards(group, config, max_new_tokens) for group in groups]
+    rewards = [_shaped_rewards(group, config, max_new_tokens) for group in answered or groups]
     if config.reward_norm is not None:
         rewards = _over_episodes(groups, rewards, config.reward_norm)
     if config.adv_norm is not None:
@@ -87,15 +95,15 @@ def _over_episodes(groups: Sequence[Group], rewards: list[NDArray[np.float64]], 
     weights = [np.repeat(1.0 / np.array(counts), counts) for counts in sizes]
     if norm.mean_level != "leave_one_out":
         return _normalise(rewards, weights, norm)
-    # The rest of a group is its other episodes, not the other sequences.
-    centred = [values - _mean_of_others(values, counts) for values, counts in zip(rewards, sizes, strict=True)]
-    return _normalise(centred, weights, norm.new(mean_level="none"))
+    # The rest of a group is its other episodes, not the other sequences. The deviation is that of the rewards, so it comes first.
+    scaled = _normalise(rewards, weights, norm.new(mean_level="none"))
+    return [values - _mean_of_others(values, counts) for values, counts in zip(scaled, sizes, strict=True)]
 
 
 def _mean_of_others(values: NDArray[np.float64], counts: list[int]) -> NDArray[np.float64]:
-    """For each value the mean of the other episodes' means; its own where there are no others, so that nothing is learned."""
+    """For each value the mean of the other episodes' means; its own where there are no others, or all are equal: nothing is learned then."""
     means = np.array([part.mean() for part in np.split(values, np.cumsum(counts)[:-1])])
-    if len(means) == 1:
+    if len(means) == 1 or values.min() == values.max():
         return values
     return np.repeat((means.sum() - means) / (len(means) - 1), counts)
 

@@ -48,6 +48,8 @@ class ScoreWatch(Protocol):
 
 
 score_watch: ContextVar[ScoreWatch | None] = ContextVar("score_watch", default=None)
+home_loop: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("home_loop", default=None)
+"""For code in a thread of ours that may run an event loop of its own: the one whose service scores."""
 
 
 class RewardService:
@@ -382,4 +384,7 @@ class AsyncRewardWrapper:
         """
         if len(args) == len(_ARGUMENTS) and not _ARGUMENTS.isdisjoint(kwargs):
             kwargs = {key: value for key, value in kwargs.items() if key not in _ARGUMENTS}
+        home = home_loop.get()
+        if home is not None and home is not asyncio.get_running_loop() and not self._on_loop:  # or each such loop would have workers
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self(*args, **kwargs), home))
         return await shared_service().score(self.reward_fn, args, kwargs, self.timeout_seconds, on_loop=self._on_loop)

@@ -92,7 +92,9 @@ def _rows(result: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     for key, array in arrays.items():
         if array.ndim == 0 or len(array) != n:
             raise TrajectoryError(f"the workflow's '{key}' has shape {list(array.shape)}, its input_ids hold {n} sequences")
-    return [{key: array[i] for key, array in arrays.items()} for i in range(n)]
+    rows: list[dict[str, Any]] = [{key: array[i] for key, array in arrays.items()} for i in range(n)]
+    rows[-1]["final_answer"] = result.get("final_answer")
+    return rows
 
 
 def reward_callable(reward_fn: Callable[..., Any] | str, timeout: float | None = None) -> Callable[..., Any]:
@@ -161,6 +163,8 @@ def _check_loss_tokens(trajectory: Trajectory) -> None:
     mask = trajectory.loss_mask
     if not mask.any():
         raise TrajectoryError("the workflow's loss_mask is all zero: there is nothing to train on")
+    if (trajectory.input_ids < 0).any():
+        raise TrajectoryError("the workflow's input_ids have a negative token; cut padding off, or mark it in an attention_mask")
     if mask[0]:
         raise TrajectoryError("the first token has loss_mask 1, but nothing predicts it; shift the mask to the token it describes")
     if (trajectory.versions[mask] < 0).any():

@@ -11,6 +11,7 @@ from typing import Any, cast
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
 from areal.reward.address import is_service
 from areal.reward.http import HTTPReward
+from areal.workflow.arguments import check_arguments
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
 
@@ -35,12 +36,20 @@ def build_workflow(
     """
     if workflow is None:
         workflow, kwargs = config_workflow(config)
+        check_arguments(workflow, kwargs, "workflow_kwargs")
         kwargs = _of_the_run(config, tokenizer, workflow, evaluation) | kwargs
     elif isinstance(workflow, str):
         workflow = import_object("workflow", workflow)
+    if kwargs and not isinstance(workflow, type):
+        raise ConfigError(
+            f"workflow_kwargs were given, but the workflow {workflow!r} is not a class",
+            "leave them out; an agent's options are those of workflow: areal.agent:AgentWorkflow",
+        )
     try:
         built = workflow(**(kwargs or {})) if isinstance(workflow, type) else workflow
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"the workflow {workflow!r} cannot be made: {error}", "correct workflow_kwargs") from error
     if not isinstance(built, RolloutWorkflow) and (callable(getattr(built, "run", None)) or inspect.isfunction(built)):
         from areal.agent import AgentWorkflow

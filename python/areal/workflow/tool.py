@@ -9,13 +9,14 @@ from typing import Any
 from areal.chat import ChatTemplateError
 from areal.config import ConfigError, GenerationConfig
 from areal.reward import AsyncRewardWrapper
+from areal.reward.run_python import clip
 from areal.reward.sandbox.limits import Isolation
 from areal.workflow.base import EpisodeDropped, GenerationEngine, import_object, reward_callable
 from areal.workflow.prompt import Prompt, PromptEncoder
 from areal.workflow.sequence import TokenSequence, shorter, tokens_to_stop
 from areal.workflow.tools import FORMATS, Tool, ToolCall, ToolFormat
 from areal.workflow.tools.python import python_tool
-from areal.workflow.tools.tool import by_name, clip
+from areal.workflow.tools.tool import by_name
 
 
 class ToolWorkflow:
@@ -33,7 +34,7 @@ class ToolWorkflow:
         format: how calls look: "hermes", "python", or an object with the members of ``ToolFormat``, its class or import path.
         max_calls: calls of an episode at most.
         tool_timeout: seconds for a call of a tool that does not say its own.
-        max_result_chars: longer results are told without their middle.
+        max_result_chars: longer results are told without their middle; more than 4900 characters of a program are never told.
         max_context: tokens of the whole sequence at most; 0 = no bound here.
         isolation: of the tool "python", as in ``CodeReward``.
     """
@@ -58,7 +59,11 @@ class ToolWorkflow:
             raise ConfigError(
                 f"ToolWorkflow has {len(tools)} tools and max_calls={max_calls}: nothing can be called", "give both, or RLVRWorkflow"
             )
-        self.tools = by_name([_tool(tool, isolation, tool_timeout) for tool in tools])
+        if max_result_chars < 1:
+            raise ConfigError(f"max_result_chars={max_result_chars} of ToolWorkflow tells no result", "give 1 or more")
+        if isinstance(tools, str):
+            tools = (tools,)
+        self.tools = by_name([_tool(tool, isolation, tool_timeout, max_result_chars) for tool in tools])
         self.format = _format(format)
         self.max_calls, self.tool_timeout, self.max_result_chars, self.max_context = max_calls, tool_timeout, max_result_chars, max_context
         stops = [stop for stop in self.format.stop if stop not in gconfig.stop]
@@ -163,9 +168,9 @@ class ToolWorkflow:
             raise EpisodeDropped("tool_result", f"a result cannot be tokenized ({error}): {str(reply)[:80]!r}") from error
 
 
-def _tool(tool: Any, isolation: Isolation, timeout: float) -> Tool:
+def _tool(tool: Any, isolation: Isolation, timeout: float, max_chars: int) -> Tool:
     if tool == "python":
-        return python_tool(isolation, timeout)
+        return python_tool(isolation, timeout, max_chars)
     if isinstance(tool, str):
         tool = import_object("tools", tool)
     return tool if isinstance(tool, Tool) else Tool(getattr(tool, "__name__", type(tool).__name__), tool)

@@ -17,12 +17,11 @@ like ``8*6=`` and whose result goes behind the sign:
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from areal.tool_calls import ToolCall, hermes_calls
+from areal.tool_calls import ToolCall, from_json, hermes_calls
 
 
 @runtime_checkable
@@ -59,7 +58,7 @@ class HermesFormat:
     def _with_object(self, call: ToolCall) -> ToolCall:
         if isinstance(call.arguments, str):  # as OpenAI has them
             with contextlib.suppress(ValueError):
-                call.arguments = json.loads(call.arguments)
+                call.arguments = from_json(call.arguments)
         if not isinstance(call.arguments, Mapping):
             call.error = "the arguments of a tool call are a JSON object"
         return call

@@ -74,15 +74,10 @@ class Tool:
             if failure.kind == "died" or str(failure).partition(":")[0] in self.faults:
                 raise EpisodeDropped("tool_failed", f"the tool '{self.name}': {failure}") from failure
             return f"Error: {failure}"
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def clip(text: str, most: int) -> str:
-    """Its beginning and its end, when it has more than ``most`` characters."""
-    if len(text) <= most:
-        return text
-    half = most // 2
-    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[len(text) - half :]}"
+        try:
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"Error: {type(error).__name__}: {error}"
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
