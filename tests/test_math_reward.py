@@ -20,6 +20,10 @@ from areal.reward.math import math_equal, math_reward
 from areal.reward.math_process import MathScorerError
 
 RIGHT = [
+    ("\\boxed{2516_{\\text{8}}}", "2516_8"), ("\\boxed{2516}", "2516_8"), ("\\boxed{1e3}", "1000"), ("\\boxed{0.001}", "1e-3"), ("\\boxed{18\\ }", "18"),
+    ("\\boxed{602000000000000000000000}", "6.02\\times 10^{23}"), ("\\boxed{1.5 \\cdot 10^{-3}\\text{ m}}", "0.0015"), ("\\boxed{12\\,cm^2}", "12\\text{ cm}^2"),
+    ("\\boxed{\\frac13}", "0.\\overline{3}"), ("\\boxed{-0.1\\overline{6}}", "-\\frac16"), ("\\boxed{2 < x \\le 5}", "(2,5]"), ("\\boxed{\\varnothing}", "\\emptyset"),
+    ("The correct option is C", "(C)"), ("Yes", "yes"), ("\\boxed{\\text{no}}", "No"), ("\\boxed{18{}}", "18"),
     # integers and decimals
     ("\\boxed{18}", "18"), ("\\boxed{18.00}", "18"), ("\\boxed{18.}", "18"), ("\\boxed{1,000}", "1000"), ("1000", "1,000"),
     ("\\boxed{1{,}000}", "1000"), ("\\boxed{10\\,000}", "10000"), ("\\boxed{10,\\!000}", "10000"), ("\\boxed{1 000 000}", "1000000"),
@@ -66,6 +70,8 @@ RIGHT = [
 ]  # fmt: skip
 
 WRONG = [
+    ("\\boxed{2516_9}", "2516_8"), ("\\boxed{12_5}", "12"), ("\\boxed{1358}", "2516_8"), ("\\boxed{1e4}", "1000"), ("\\boxed{1.5 \\times 10^3}", "0.0015"),
+    ("\\boxed{0.\\overline{3}}", "0.3"), ("\\boxed{x \\le 3}", "(-\\infty,3)"), ("The correct option is C", "(D)"), ("No", "yes"),
     ("\\boxed{15}", "5"), ("\\boxed{5}", "15"), ("\\boxed{5}", "0.5"), ("\\boxed{0.5}", "5"), ("\\boxed{5.0}", "50"), ("\\boxed{1,000}", "1"), ("\\boxed{-5}", "5"),
     ("\\boxed{1.000}", "1000"), ("\\boxed{0.333}", "1/3"), ("\\boxed{0}", "0.0000001"), ("\\boxed{2 \\times 10^{-8}}", "10^{-8}"), ("\\boxed{1 1/2}", "11/2"),
     ("\\boxed{12}", "1 2/1"), ("\\boxed{50\\%}", "5"), ("\\boxed{0.5}", "50"), ("\\boxed{5000\\%}", "0.5"), ("\\boxed{1/0}", "0"),

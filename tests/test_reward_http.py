@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
@@ -131,6 +132,27 @@ def test_a_service_that_hangs_or_is_away() -> None:
         assert time.monotonic() - begin < 5.0
 
     with_service(0.6, hang, check)
+
+
+def test_an_answer_without_an_end_is_cut_off() -> None:
+    written = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal written
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b"1" * 65536)
+                written += 65536
+        return response
+
+    async def check(reward: HTTPReward) -> None:
+        failed = await failure(reward)
+        assert failed.cause == "reward_bad_value" and "more than 1048576 bytes" in str(failed)
+
+    with_service(20, endless, check)
+    assert written < 64 << 20
 
 
 def test_a_connection_that_breaks_is_made_again() -> None:

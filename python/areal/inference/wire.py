@@ -21,6 +21,10 @@ class WireError(ConnectionError):
     """No answer: the server is unreachable, or the connection broke before the answer was complete."""
 
 
+class AnswerTooLong(WireError):
+    """An answer that does not end where it must."""
+
+
 class HTTPStatusError(RuntimeError):
     """An answer that is not 2xx; ``retry_after`` is that header in seconds, where the answer has it so."""
 
@@ -32,14 +36,15 @@ class HTTPStatusError(RuntimeError):
 
 
 class Wire:
-    """All connections to one server. ``url`` is ``http://host:port``."""
+    """All connections to one server. ``url`` is ``http://host:port``; ``longest``: bytes of an answer to ``call``, None = any number."""
 
-    def __init__(self, url: str, schemes: Collection[str] = ("http",)) -> None:
+    def __init__(self, url: str, schemes: Collection[str] = ("http",), longest: int | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in schemes or not parts.hostname:
             raise ValueError(f"a rollout server's address looks like http://host:port, not {url!r}")
         self.url = url
         self._base = url.rstrip("/")
+        self._longest = longest
         self._session: aiohttp.ClientSession | None = None
         self._calls: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
@@ -52,7 +57,7 @@ class Wire:
             WireError: no answer. The request may have been carried out.
             TimeoutError: none within ``timeout`` seconds. The connection is closed, which tells the server to give up.
         """
-        answer = await self._until_closed(self._exchange(method, path, body, _read_whole), timeout)
+        answer = await self._until_closed(self._exchange(method, path, body, self._read_whole), timeout)
         try:
             return orjson.loads(answer) if answer else None
         except orjson.JSONDecodeError:
@@ -109,12 +114,24 @@ class Wire:
         try:
             async with self._session.request(method, self._base + path, data=payload) as response:
                 if not 200 <= response.status < 300:
-                    raise HTTPStatusError(response.status, _sentence(await response.read()), response.headers.get("Retry-After", ""))
+                    raise HTTPStatusError(
+                        response.status, _sentence(await self._read_whole(response)), response.headers.get("Retry-After", "")
+                    )
                 return await read(response)
         except WireError:
             raise
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError of the connect included
             raise WireError(f"no whole answer from {self.url}: {error or type(error).__name__}") from error
+
+    async def _read_whole(self, response: aiohttp.ClientResponse) -> bytes:
+        if self._longest is None:
+            return await response.read()
+        answer = b""
+        async for piece in response.content.iter_any():
+            answer += piece
+            if len(answer) > self._longest:
+                raise AnswerTooLong(f"{self.url} answers with more than {self._longest} bytes")
+        return answer
 
     def close(self) -> None:
         """Closes every connection; calls still waiting get a WireError."""
@@ -128,10 +145,6 @@ class Wire:
         """Until the connections are gone, after ``close``."""
         if self._closing is not None:
             await self._closing
-
-
-async def _read_whole(response: aiohttp.ClientResponse) -> bytes:
-    return await response.read()
 
 
 def _event(data: bytes, url: str) -> Any:

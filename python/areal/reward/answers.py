@@ -30,7 +30,7 @@ _WORD = r"(?<![\\A-Za-z])(?!(?:or|and)\b)[A-Za-z]{2,}"
 _PROSE = re.compile(rf"{_WORD}[\s,]+{_WORD}|{_WORD}\s+[-$\\]*\d")
 
 _WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)?|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad|[,!;:])(?![A-Za-z])")
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,!;:]|\{\}")
 _ASCII_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes: 48+24=<<48+24=72>>72
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°")
@@ -49,16 +49,20 @@ _PLAIN = re.compile(
       | (?P<whole2>\d{{1,300}})?\s* \\frac\s*
         (?: \{{\s*(?P<n2>-?\d{{1,300}})\s*\}}\s*\{{\s*(?P<d2>\d{{1,300}})\s*\}} | (?P<n3>\d)(?P<d3>\d) )
     )
+    (?: e(?P<e>[-+]?\d{{1,3}}) | \s*(?:\\times|\\cdot|[*x])\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*(?P<e2>[-+]?\d{{1,3}})\s*\}}|(?P<e3>[-+]?\d)) )?
     \s*(?P<percent>%|percent(?:age)?\b|pct\b)?
     \s*(?P<multiplier>{"|".join(_MULTIPLIERS)})?
     \s*(?:(?!(?:{_NOT_UNITS})\b)[A-Za-z]{{2,}}(?:\s*\^\s*\{{?\d\}}?)?(?:\s+|/|\b))*
     \s*\.?""",
     re.VERBOSE | re.IGNORECASE,
 )  # fmt: skip
+_BASED = re.compile(r"(\d[0-9A-Fa-f]*|[0-9A-F]+(?=_16))_(\d+)")
+_REPEATING = re.compile(r"(?P<sign>-?)(?P<integer>\d{0,300})\.(?P<decimals>\d{0,300})\\(?:overline|bar)\s*\{?(?P<period>\d{1,300})\}?")
+_SHORT_WORDS = "yes|no|odd"
 _LETTER = re.compile(r"(?:option|choice|answer)?\s*\(?\s*([A-J])(?:\s*\)|[.:](?=\s|$)|(?=\s*$))", re.IGNORECASE)
 _SAID_LETTER = re.compile(r"\W{0,8}?(?:option|choice)?\s*\(?\s*([A-J])(?![A-Za-z'])")
 _BRACKETED_LETTER = re.compile(r"\(([A-J])\)")
-_LAST_LETTER = re.compile(r"(?:^|\n|\boption |\bchoice )\W*([A-J])\W*$")
+_LAST_LETTER = re.compile(r"(?:^|\n|\b(?:option|choice) (?:is )?)\W*([A-J])\W*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,7 @@ def strip_delimiters(text: str) -> str:
     text = text.strip().strip("*_` ").rstrip()
     if _DELIMITED.fullmatch(text):
         text = text[2:-2] if text.startswith(("$$", "\\")) else text[1:-1]
-    text = text.strip()
+    text = re.sub(r"(?<!\\)\\$", "", text.strip()).strip()  # of a space that was escaped
     return text.removesuffix(".").rstrip() if not text.endswith(("..", "\\.")) else text
 
 
@@ -214,6 +218,8 @@ def plain_number(text: str) -> PlainNumber | None:
         return PlainNumber(Fraction(int(text)), False, 0)
     if len(text) > 1000:
         return None
+    if repeating := _REPEATING.fullmatch(text):
+        return PlainNumber(_repeating(repeating.groupdict()), False, 0)
     match = _PLAIN.fullmatch(_DEGREES.sub("", _unwrapped(text)).translate(_CURRENCY).strip())
     if match is None:
         return None
@@ -230,7 +236,25 @@ def plain_number(text: str) -> PlainNumber | None:
     else:
         return None
     value *= _MULTIPLIERS.get((part["multiplier"] or "").lower(), 1)
+    if exponent := part["e"] or part["e2"] or part["e3"]:
+        value *= Fraction(10) ** int(exponent)
     return PlainNumber(-value if part["sign"] == "-" else value, part["percent"] is not None, len(digits))
+
+
+def _repeating(part: dict[str, str]) -> Fraction:
+    """0.1\\overline{6} is 1/6."""
+    plain, period = part["decimals"], part["period"]
+    value = Fraction(int(part["integer"] + plain or "0") + Fraction(int(period), 10 ** len(period) - 1)) / 10 ** len(plain)
+    return -value if part["sign"] else value
+
+
+def same_base(answer: str, reference: str) -> bool | None:
+    """Of numbers with a base, 2516_8: the same digits, and the same base or none; None where neither has one."""
+    texts = [re.sub(r"[\s{}]", "", _unwrapped(strip_delimiters(text))) for text in (answer, reference)]
+    mine, theirs = map(_BASED.fullmatch, texts)
+    if theirs is None:
+        return None if mine is None or mine[2] == "10" else False
+    return texts[0] == theirs[1] if mine is None else mine.groups() == theirs.groups()
 
 
 def same_number(a: PlainNumber, b: PlainNumber) -> bool:
@@ -284,7 +308,10 @@ def _squash(text: str) -> str:
 def is_words(text: str) -> bool:
     """Words, not mathematics: compared as text only."""
     text = _unwrapped(text).strip(" .$")
-    return re.fullmatch(r"[A-Za-z'’,\s-]+", text) is not None and re.search(r"(?<!\w)(?!infinity\b)[A-Za-z]{4,}", text) is not None
+    return (
+        re.fullmatch(r"[A-Za-z'’,\s-]+", text) is not None
+        and re.search(rf"(?<!\w)(?:(?!infinity\b)[A-Za-z]{{4,}}|(?:{_SHORT_WORDS})\b)", text, re.IGNORECASE) is not None
+    )
 
 
 def as_latex(text: str) -> str | None:
@@ -294,5 +321,11 @@ def as_latex(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth < 0:
             return None
-    text = _ASCII_PI.sub(r"\\pi ", text.translate(_UNICODE)).replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ")
+    text = (
+        _ASCII_PI.sub(r"\\pi ", text.translate(_UNICODE))
+        .replace("**", "^")
+        .replace("<=", "\\le ")
+        .replace(">=", "\\ge ")
+        .replace("\\varnothing", "\\emptyset ")
+    )
     return None if depth else text

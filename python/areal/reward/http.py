@@ -12,7 +12,7 @@ import re
 import weakref
 from typing import Any
 
-from areal.inference.wire import HTTPStatusError, Wire, WireError
+from areal.inference.wire import AnswerTooLong, HTTPStatusError, Wire, WireError
 from areal.reward.address import SCHEMES, service_address
 from areal.reward.process import RewardFailure, RewardServiceError
 from areal.reward.service import current_service
@@ -22,6 +22,7 @@ _AGAIN = (429, 502, 503, 504)
 _NOT_THERE = (401, 403, 404, 405)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _LONGEST_RETRY_AFTER = 10.0
+_LONGEST_ANSWER = 1 << 20  # bytes: a service that never ends its answer must not fill the controller's memory
 
 
 class HTTPReward:
@@ -66,7 +67,7 @@ class HTTPReward:
         loop = asyncio.get_running_loop()
         known = self._loops.get(loop)
         if known is None:
-            known = self._loops[loop] = (Wire(self.url, SCHEMES), asyncio.Semaphore(self.max_in_flight))
+            known = self._loops[loop] = (Wire(self.url, SCHEMES, _LONGEST_ANSWER), asyncio.Semaphore(self.max_in_flight))
             if (service := current_service()) is not None:
                 service.at_close(self.close)
         return known
@@ -96,6 +97,8 @@ class HTTPReward:
                     raise self._refused(error) from error
                 cause, why = "reward_timeout", str(error)
                 wait = min(_LONGEST_RETRY_AFTER, error.retry_after or 0.0)
+            except AnswerTooLong as error:
+                raise RewardFailure("reward_bad_value", str(error)) from error
             except WireError as error:
                 cause, why = "reward_unreachable", str(error)
             else:

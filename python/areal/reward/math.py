@@ -18,6 +18,7 @@ from areal.reward.answers import (
     is_words,
     last_expression,
     plain_number,
+    same_base,
     same_number,
     same_text,
 )
@@ -81,6 +82,8 @@ def _verdict(prediction: str, gold: str, time_limit: float) -> bool:
         return True
     if is_words(gold):
         return False
+    if (same := same_base(answer, gold)) is not None:
+        return same
     if number is None and is_prose(answer):
         answer = last_expression(answer)
     return answer is not None and _equal(answer, gold, time_limit)

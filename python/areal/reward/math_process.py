@@ -188,7 +188,7 @@ def _judge(connection: Connection, reference: str, answer: str, seconds: float, 
     connection.send(_READ)
     try:
         with _at_most(seconds):
-            return _EQUAL if verify(gold, _parse(answer, units), timeout_seconds=None) else _DIFFERENT
+            return _EQUAL if verify(gold, _parse(answer, units), allow_set_relation_comp=True, timeout_seconds=None) else _DIFFERENT
     except _TimeUp:
         return _DIFFERENT
 
