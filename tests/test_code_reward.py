@@ -175,8 +175,13 @@ def test_tests_that_nobody_calls_are_called() -> None:
     functions = "def test_one():\n    assert x == 1\n\ndef helper():\n    raise KeyError"
     classes = "class TestX:\n    def setup_method(self):\n        self.y = 1\n    def test_x(self):\n        assert x == self.y"
     given = "import pytest\n@pytest.mark.parametrize('a,b', [(1, 1), pytest.param(2, 0)])\n@pytest.mark.parametrize(['c'], [(0,)])\ndef test(a, b, c):\n    assert (x == a) == b + c"
+    running = cases.replace(
+        "self.assertEqual(x, 1)",
+        "import asyncio, logging\n        logging.debug(asyncio.run(asyncio.sleep(0)))\n        self.assertEqual(x, 1)",
+    )
+    with_pytest = functions + "\nif __name__ == '__main__':\n    import pytest\n    pytest.main([__file__])"
     called = "def test_it(n):\n    assert x == n\n\ndef test_all():\n    test_it(1)\n\nif __name__ == '__main__':\n    test_all()"
-    for tests in (cases, functions, classes, given, called):
+    for tests in (cases, functions, classes, given, running, with_pytest, called):
         assert passes("x = 1", tests) and not passes("x = 2", tests), tests
 
 

@@ -44,7 +44,7 @@ def call_forgotten(tree: ast.Module) -> None:
     Raises:
         ValueError: a test has parameters that nothing gives, or is a coroutine.
     """
-    called = {name for node in ast.walk(tree) if isinstance(node, ast.Call) and (name := last_name(node.func))}
+    tree.body = [node for node in tree.body if not _runs_pytest(node)]
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     lines: list[str] = []
     cases = False
@@ -58,11 +58,26 @@ def call_forgotten(tree: ast.Module) -> None:
                 calls = {_call(test, "getattr(_case, _name)", method=True) for test in tests}
                 if not calls & {""}:
                     lines.append(_CLASS.format(name=name, call=f"{_RUN}(getattr(_case, _name))" if len(calls) > 1 else calls.pop()))
-    if cases and not called & {"main", "run", "TextTestRunner", "debug"}:
+    own_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    if cases and not any(isinstance(node, ast.Call) and _runs_cases(node.func, own_main) for node in ast.walk(tree)):
         lines.append("import unittest\nunittest.main()")
     if any(_RUN in line for line in lines):
         lines.insert(0, _PARAMETRIZED.format(run=_RUN))
     tree.body += ast.parse("\n".join(lines)).body
+
+
+def _runs_pytest(node: ast.stmt) -> bool:
+    """``pytest.main([__file__])``, perhaps under a main guard or as an exit code: there is no file, and we do what it would do."""
+    if not isinstance(node, (ast.Expr, ast.If)):
+        return False
+    return any(isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.main" for call in ast.walk(node))
+
+
+def _runs_cases(function: ast.expr, own_main: bool) -> bool:
+    name = last_name(function)
+    if name == "main":
+        return (isinstance(function, ast.Name) and not own_main) or ast.unparse(function) == "unittest.main"
+    return name in ("TextTestRunner", "TestSuite", "makeSuite", "TestProgram") or name.startswith("loadTestsFrom")
 
 
 def _methods(node: ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
