@@ -13,6 +13,7 @@ import signal
 import sys
 
 PARENT_VARIABLE = "AREAL_PARENT_PID"
+_SPAWNER_VARIABLE = "AREAL_SPAWNER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +29,9 @@ if __name__ == "__main__":
     starter = os.environ.pop(PARENT_VARIABLE, None)
     if starter is not None:  # a run; a server that somebody started by itself may outlive its shell
         die_with_parent(int(starter))
+    os.environ[_SPAWNER_VARIABLE] = str(os.getpid())
     runpy.run_module("sglang.launch_server", run_name="__main__")
 elif __name__ == "__mp_main__":
-    die_with_parent(os.getppid())
+    # By the number it was told: the parent of one whose parent has died meanwhile is another process.
+    die_with_parent(int(os.environ.get(_SPAWNER_VARIABLE, os.getppid())))
+    os.environ[_SPAWNER_VARIABLE] = str(os.getpid())
