@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import venv
 from pathlib import Path
+from typing import ClassVar
 
 from areal.inference.sglang import Option, sglang_argv, sglang_env
 from areal.launcher.local import ChildProcess, free_port
@@ -19,6 +20,8 @@ from tests.sglang_python import sglang_python
 class SGLangServer:
     """One SGLang process on the CPU, in float32."""
 
+    started: ClassVar[list[SGLangServer]] = []  # conftest shows the logs of those that have died beside a test that failed
+
     def __init__(self, model: Path, log: Path, name: str = "rollout 0", n_ranks: int = 1, **options: Option) -> None:
         python = sglang_python()
         assert python is not None
@@ -26,6 +29,7 @@ class SGLangServer:
         self.url = f"http://127.0.0.1:{port}"
         argv = sglang_argv(model, port, device="cpu", dtype="float32", n_ranks=n_ranks, options=options)
         self.process = ChildProcess(name, argv, log, sglang_env("cpu", 1, python, n_ranks), python=python)
+        self.started.append(self)
 
     def wait(self, timeout: float = 110.0) -> SGLangServer:
         deadline = time.monotonic() + timeout

@@ -222,7 +222,7 @@ def test_a_closed_gate_holds_new_requests_and_a_dead_server_releases_them(models
         client = RolloutClient(RolloutConfig(), [server.url], [server.process], update_mode="abort", interrupt_timeout=20)
         await update_from_disk(client, server.url, models, 3)  # the weights of the other one, under another version
         tasks = [
-            asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=400, ignore_eos=True))))
+            asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=2000, ignore_eos=True))))
             for _ in range(8)
         ]
         await asyncio.sleep(0.3)
@@ -238,7 +238,7 @@ def test_a_closed_gate_holds_new_requests_and_a_dead_server_releases_them(models
         client.remove_server(server.url, "killed")
         client.add_server(other.url, other.process)
         answers = await asyncio.gather(*tasks)
-        assert [answer.output_len for answer in answers[:8]] == [400] * 8
+        assert [answer.output_len for answer in answers[:8]] == [2000] * 8
         # They went on from the tokens they had, each with the version that its server stamped.
         assert all((answer.output_versions[0], answer.output_versions[-1]) == (3, 0) for answer in answers[:8])
         assert set(answers[8].output_versions) == {0}

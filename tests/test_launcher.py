@@ -32,6 +32,24 @@ def test_terminate_ends_the_process_and_its_children(tmp_path: Path) -> None:
     wait_until(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in family))
 
 
+def test_a_group_ends_with_its_leader_and_gets_no_signal_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    child = ChildProcess("leader", ["-c", code], tmp_path / "log")
+    wait_until(lambda: child.last_log_lines().strip().isdigit())
+    left = psutil.Process(int(child.last_log_lines()))
+    wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
+    assert left.is_running()
+    assert child.wait(5) == 0
+    wait_until(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE)
+    # From here on its number may be that of another group.
+    sent: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: sent.append(number))
+    child.terminate()
+    child.kill()
+    child.kill_soon()
+    assert not sent and child.poll() == 0
+
+
 def test_death_is_described_with_name_cause_and_last_lines(tmp_path: Path) -> None:
     child = ChildProcess("rollout 3", ["-c", "import sys; print('line'); sys.exit('the reason')"], tmp_path / "log")
     wait_until(lambda: child.poll() is not None)

@@ -89,6 +89,7 @@ class ChildProcess:
         refuse_second_start()
         self.name = name
         self.log_path = log_path
+        self._reaping = threading.Lock()
         environment = {**os.environ, **(env or {}), _PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         with contextlib.ExitStack() as files:
             log: IO[bytes] | int
@@ -113,15 +114,26 @@ class ChildProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
-        return self._process.poll()
+        """Exit code, negative for a signal; None while it runs. What is left of its process group is killed when its end is seen."""
+        with self._reaping:
+            if self._process.returncode is None and self._has_ended():
+                # Before it is reaped: afterwards its number may be that of somebody else's process group.
+                self._signal_group(signal.SIGKILL)
+                self._process.wait()
+            return self._process.returncode
 
     def wait(self, timeout: float) -> int | None:
         """Exit code as ``poll``; None if it still runs after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return code
+
+    def _has_ended(self) -> bool:
         try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # reaped by somebody who waits for any child
+            return True
 
     def last_log_lines(self, n: int = 10) -> str:
         if self.log_path is None:
@@ -153,8 +165,9 @@ class ChildProcess:
 
     def kill(self) -> None:
         """Kills the whole process group at once and reaps the child."""
-        self._signal(signal.SIGKILL)
-        self._process.wait(timeout=10)
+        self.kill_soon()
+        if self.wait(10) is None:
+            raise TimeoutError(f"{self.name} (pid {self.pid}) was killed and is still there after 10 s")
 
     def kill_soon(self) -> None:
         """As ``kill``, without waiting: ``poll`` reaps the child."""
@@ -162,16 +175,18 @@ class ChildProcess:
 
     def terminate(self, grace: float = 5.0) -> None:
         """Asks the process group to end, and kills what is left after ``grace`` seconds."""
-        if self.poll() is None:
-            self._signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout=grace)
-            except subprocess.TimeoutExpired:
-                pass
+        self._signal(signal.SIGTERM)
+        self.wait(grace)
         self.kill()
 
     def _signal(self, number: int) -> None:
+        """To the process group, unless its leader was seen to have ended."""
+        with self._reaping:
+            if self._process.returncode is None:
+                self._signal_group(number)
+
+    def _signal_group(self, number: int) -> None:
         try:
-            os.killpg(self._process.pid, number)
+            os.killpg(self.pid, number)
         except ProcessLookupError:
             pass  # nobody of the group is left
