@@ -17,6 +17,7 @@ import pytest
 
 from areal.reward import RewardService
 from areal.reward.code import CodeReward
+from areal.reward.process import RewardFailure
 from areal.reward.sandbox.client import fork_server
 from areal.reward.sandbox.judge import Outcome, SandboxError
 from areal.reward.sandbox.limits import MIB, Isolation, Limits
@@ -26,6 +27,7 @@ from tests.sandbox_levels import LEVELS, PATIENT, needs_namespaces
 
 UNPRIVILEGED = """
 from areal.reward.code import CodeReward
+from areal.reward.process import RewardFailure
 from areal.reward.sandbox.limits import Limits
 from tests.hostile_programs import CHEATS, HARMFUL, HONEST, SPIES, TESTS
 score = CodeReward({level!r}, Limits(cpu_seconds=0.4, wall_seconds=20))
@@ -70,6 +72,7 @@ def test_the_end_of_the_scoring_process_is_the_end_of_everything(level: Isolatio
     program = HARMFUL["fork bomb that sleeps"]
     script = f"""
 from areal.reward.code import CodeReward
+from areal.reward.process import RewardFailure
 from areal.reward.sandbox.limits import Limits
 CodeReward({level!r}, Limits(cpu_seconds=60, wall_seconds=60)).run({program!r}, "pass")
 """
@@ -129,9 +132,14 @@ async def score_all(rows: list[tuple[str, str, str, float]], score: CodeReward, 
     async with RewardService(workers, timeout) as service:
 
         async def one(name: str, completion: str, tests: str, earned: float) -> None:
-            got = await service.score(score, ("", completion, [], []), {"tests": tests})
+            try:
+                got = await service.score(score, ("", completion, [], []), {"tests": tests})
+            except RewardFailure as failure:
+                lost[f"{name}: {failure}"] += 1
+                return
             if got != earned:
-                lost[f"{name}: {got}"] += 1
+                again = await asyncio.to_thread(score.run, completion, tests)
+                lost[f"{name}: {got}; another time {again}"] += 1
 
         async with asyncio.TaskGroup() as tasks:
             for row in rows:
