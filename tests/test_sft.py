@@ -96,7 +96,7 @@ def test_the_cool_down_never_raises_the_rates():
 class RecordingEngine:
     """Takes note of what it is asked to do; a step takes ``seconds``."""
 
-    world_size = 1
+    n_data_ranks = 1
 
     def __init__(self, seconds=0.0):
         self.scales, self.optimizer, self._seconds = [], None, seconds

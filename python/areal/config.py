@@ -19,17 +19,32 @@ from areal.config_rollout import (
     WeightSyncConfig,
     parse_rollout_backend,
 )
+from areal.config_trainer import (
+    ActorConfig,
+    CriticConfig,
+    LoraConfig,
+    MicrobatchConfig,
+    NormConfig,
+    OptimizerConfig,
+    RefConfig,
+    TrainerLayout,
+    parse_trainer_backend,
+)
 
 __all__ = [
     "ActorConfig",
     "ConfigError",
+    "CriticConfig",
     "DatasetConfig",
     "EvaluatorConfig",
     "GRPOConfig",
     "GenerationConfig",
+    "LoraConfig",
     "MicrobatchConfig",
     "NormConfig",
     "OptimizerConfig",
+    "RecoverConfig",
+    "RefConfig",
     "RewardConfig",
     "RolloutConfig",
     "RolloutLayout",
@@ -37,9 +52,11 @@ __all__ = [
     "SGLangConfig",
     "SaverConfig",
     "StatsLoggerConfig",
+    "TrainerLayout",
     "WeightSyncConfig",
     "drift_bound",
     "parse_rollout_backend",
+    "parse_trainer_backend",
 ]
 
 
@@ -74,112 +91,6 @@ class GenerationConfig(Section):
     def _check(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is larger than max_new_tokens={self.max_new_tokens}; lower it")
-        return self
-
-
-class OptimizerConfig(Section):
-    """AdamW, or Muon on the matrices of the layers with AdamW on the rest."""
-
-    type: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the matrices inside the layers (AdamW for the rest)."""
-    lr: float = Field(2e-5, gt=0)
-    """AdamW's learning rate."""
-    muon_lr: float = Field(1e-3, gt=0)
-    """Muon's learning rate (type: muon)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the two moments."""
-    eps: float = Field(1e-5, gt=0)
-    """AdamW's eps."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Decoupled, per unit of learning rate."""
-    gradient_clipping: float = Field(1.0, gt=0)
-    """Largest global gradient norm."""
-    warmup_steps: int = Field(0, ge=0)
-    """Train steps of linear warm-up to the constant rate."""
-
-
-class MicrobatchConfig(Section):
-    """How a batch is cut into forward passes."""
-
-    max_tokens_per_mb: int = Field(16384, ge=1)
-    """Tokens of a packed micro-batch at most."""
-
-
-class NormConfig(Section):
-    """x -> (x - mean) / (std + eps), over a group or the batch."""
-
-    mean_level: Literal["group", "batch", "leave_one_out", "none"] = "group"
-    """What the mean is taken over; leave_one_out: the others of the group (RLOO); none subtracts nothing."""
-    std_level: Literal["group", "batch", "none"] = "group"
-    """What the standard deviation is taken over; none divides by nothing."""
-    eps: float = Field(1e-5, gt=0)
-    """Added to the standard deviation."""
-
-
-class ActorConfig(Section):
-    """The policy and how it is trained."""
-
-    path: str = ""
-    """Hugging Face model directory."""
-    init_from_scratch: dict[str, Any] | None = None
-    """Instead of path: a Hugging Face config (model_type and its keys) to be started from random weights."""
-    backend: str = "fsdp:d1"
-    """fsdp:dN = N data-parallel ranks."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Weights and activations, on both sides."""
-    device: str = "auto"
-    """auto, cpu or cuda (rank r uses device r)."""
-    threads: int = Field(1, ge=1)
-    """CPU threads of one rank."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    mb_spec: MicrobatchConfig = Field(default_factory=MicrobatchConfig)
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward, layer by layer."""
-    ppo_n_minibatches: int = Field(1, ge=1)
-    """Optimizer steps per batch."""
-    eps_clip: float = Field(0.2, gt=0, lt=1)
-    """PPO clip range of the ratio current / proximal, [1 - eps_clip, 1 + eps_clip]."""
-    eps_clip_higher: float | None = Field(None, gt=0)
-    """Upper clip range; none = eps_clip (clip-higher of DAPO)."""
-    c_clip: float | None = Field(None, gt=1)
-    """Dual clip: bound on the ratio where the advantage is negative; none = off."""
-    use_decoupled_loss: bool = True
-    """Proximal policy = the weights before the step; false = naive PPO against the behaviour policy."""
-    recompute_logprob: bool = True
-    """Recompute the proximal log-probs when the batch arrives; needed by the decoupled loss."""
-    behav_imp_weight_cap: float | None = Field(None, gt=1)
-    """Truncate the weight proximal / behaviour at this value; none = off."""
-    behav_filter_cap: float | None = Field(None, gt=1)
-    """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap]; none = off."""
-    reward_scaling: float = 1.0
-    """r -> (r + reward_bias) * reward_scaling."""
-    reward_bias: float = 0.0
-    """Added to every reward before it is scaled."""
-    overlong_reward_penalty: bool = False
-    """DAPO: a longer answer than gconfig.max_new_tokens - overlong_tokens earns less, linearly down to overlong_penalty_factor less."""
-    overlong_tokens: int = Field(0, ge=0)
-    """The last tokens of gconfig.max_new_tokens, in which the penalty grows."""
-    overlong_penalty_factor: float = Field(1.0, gt=0)
-    """What an answer of gconfig.max_new_tokens earns less."""
-    mask_truncated: bool = False
-    """Do not train on sequences whose answer was cut off by its length (overlong filtering of DAPO); they count in reward_norm."""
-    reward_norm: NormConfig | None = Field(default_factory=NormConfig)
-    """Normalisation of rewards into advantages; null = none."""
-    adv_norm: NormConfig | None = None
-    """Normalisation of the advantages over the loss tokens."""
-    max_nonfinite_steps: int = Field(3, ge=0)
-    """Skipped steps with non-finite gradients in a row before the run ends."""
-    step_timeout: float = Field(1800.0, gt=0)
-    """Seconds one train step may take."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if bool(self.path) == (self.init_from_scratch is not None):
-            raise ValueError("give either actor.path (a model directory) or actor.init_from_scratch (a model config), not both or neither")
-        if self.use_decoupled_loss and not self.recompute_logprob:
-            raise ValueError("use_decoupled_loss needs recompute_logprob: true (or set use_decoupled_loss: false)")
-        if self.adv_norm is not None and {"group", "leave_one_out"} & {self.adv_norm.mean_level, self.adv_norm.std_level}:
-            raise ValueError("adv_norm works on the batch; set its mean_level and std_level to 'batch' or 'none'")
         return self
 
 
@@ -253,6 +164,17 @@ class SaverConfig(Section):
     """Train steps between Hugging Face checkpoints; 0 = only at the end."""
     keep: int = Field(2, ge=1)
     """How many step checkpoints are kept."""
+
+
+class RecoverConfig(Section):
+    """Resuming a run that was cut off."""
+
+    mode: Literal["off", "auto", "required"] = "auto"
+    """auto: go on from the newest recover checkpoint of the trial if there is one; required: it must be there; off: always start anew."""
+    every_steps: int = Field(0, ge=0)
+    """Train steps between recover checkpoints; 0 = none."""
+    keep: int = Field(1, ge=1)
+    """How many of them are kept."""
 
 
 class EvaluatorConfig(Section):
@@ -342,6 +264,9 @@ class GRPOConfig(Section):
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
     gconfig: GenerationConfig = Field(default_factory=GenerationConfig)
     actor: ActorConfig
+    ref: RefConfig = Field(default_factory=RefConfig)
+    critic: CriticConfig | None = None
+    """Learns what a state is worth, for advantages by GAE (PPO); null = none."""
     train_dataset: DatasetConfig
     valid_dataset: DatasetConfig | None = None
     """Held-out prompts; null = the arithmetic task's own held-out split, or no evaluation."""
@@ -349,6 +274,7 @@ class GRPOConfig(Section):
     warmup: SFTConfig | None = None
     """Supervised training before reinforcement learning; null = none."""
     saver: SaverConfig = Field(default_factory=SaverConfig)
+    recover: RecoverConfig = Field(default_factory=RecoverConfig)
     evaluator: EvaluatorConfig = Field(default_factory=EvaluatorConfig)
     stats_logger: StatsLoggerConfig = Field(default_factory=StatsLoggerConfig)
 
@@ -356,6 +282,16 @@ class GRPOConfig(Section):
     def layout(self) -> RolloutLayout:
         """Which servers ``rollout.backend`` means."""
         return parse_rollout_backend(self.rollout.backend)
+
+    @property
+    def trainer_layout(self) -> TrainerLayout:
+        """Which ranks ``actor.backend`` means."""
+        return parse_trainer_backend(self.actor.backend)
+
+    @property
+    def uses_ref(self) -> bool:
+        """Whether a reference model is loaded."""
+        return self.actor.kl_ctl > 0
 
     @property
     def update_mode(self) -> Literal["abort", "retract", "in_place"]:

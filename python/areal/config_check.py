@@ -19,24 +19,11 @@ from areal.reward.address import is_service, service_address, why_unreachable
 from areal.weight_sync.addresses import is_here
 
 
-def parse_trainer_backend(value: str) -> int:
-    """N of ``fsdp:dN``."""
-    if (match := re.fullmatch(r"fsdp:d([1-9]\d*)", value)) is not None:
-        return int(match.group(1))
-    engine, _, layout = value.partition(":")
-    if engine != "fsdp":
-        raise ConfigError(f"actor.backend='{value}': the backend '{engine}' is not known here", "use fsdp:dN")
-    raise ConfigError(
-        f"actor.backend='{value}': '{layout}' is not a layout of fsdp",
-        "use fsdp:dN with N of 1 or more; only data parallelism is known",
-    )
-
-
 def check_config(config: GRPOConfig) -> None:
     """Raises ``ConfigError`` for keys that do not fit together."""
-    n_ranks = parse_trainer_backend(config.actor.backend)
+    n_data_ranks = config.trainer_layout.data
     _check_rollout(config)
-    _check_batch(config, n_ranks)
+    _check_batch(config, n_data_ranks)
     _check_lengths(config)
     _check_sampling(config)
     _check_loss(config)
@@ -305,7 +292,7 @@ def _check_gpus(config: GRPOConfig) -> None:
     for key, device in _devices(config).items():
         check_device(key, device)
     n_gpus = count_gpus()
-    n_ranks = parse_trainer_backend(config.actor.backend)
+    n_ranks = config.trainer_layout.world_size
     if config.actor.device != "cpu" and 0 < n_gpus < n_ranks:
         raise ConfigError(
             f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",

@@ -203,7 +203,7 @@ class PPOTrainer:
             compute_advantages(trained, actor, self.config.gconfig.max_new_tokens, answered=answered),
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
-            world_size=self._cluster.trainer.world_size,
+            world_size=self._cluster.trainer.n_data_ranks,
         )
 
     def _side_work(self, tasks: asyncio.TaskGroup, step: int) -> None:

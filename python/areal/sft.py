@@ -39,7 +39,10 @@ class SupervisedEngine(Protocol):
     """``trainer.worker.TrainerHandle`` as this module sees it."""
 
     @property
-    def world_size(self) -> int: ...
+    def n_data_ranks(self) -> int:
+        """Ranks that get micro-batches of their own."""
+        ...
+
     async def set_optimizer(self, config: OptimizerConfig) -> None:
         """A new optimizer with empty state."""
         ...
@@ -162,7 +165,7 @@ class SupervisedRun:
         return self.result
 
     def _next_batch(self) -> Minibatch:
-        return make_sft_batch(self._demonstrations.batch(self.config.batch_size), self._capacity, self._engine.world_size)
+        return make_sft_batch(self._demonstrations.batch(self.config.batch_size), self._capacity, self._engine.n_data_ranks)
 
     async def _look_at_check(self) -> float | None:
         """Starts a check when one is due, acts on one that is finished and returns its accuracy."""

@@ -32,17 +32,16 @@ class Rank:
         self._writer: Any = None
         self._sender: Any = None
 
-    def rpc_init(
-        self, config: GRPOConfig, model_folder: Path, run_folder: Path, rank: int, world_size: int, rendezvous: str, shm_name: str
-    ) -> None:
+    def rpc_init(self, config: GRPOConfig, model_folder: Path, run_folder: Path, rank: int, rendezvous: str, shm_name: str) -> None:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from areal.trainer.checkpoint import CheckpointWriter
         from areal.trainer.engine import TrainEngine
+        from areal.trainer.mesh import RankMesh
 
         disable_progress_bar()
-        actor = config.actor
+        actor, world_size = config.actor, config.trainer_layout.world_size
         torch.set_num_threads(actor.threads)
         device = _device(actor.device, rank)
         if device.type == "cuda":
@@ -56,7 +55,7 @@ class Rank:
                 timeout=timedelta(seconds=actor.step_timeout),
             )
         self._engine = TrainEngine(
-            model_folder, actor, temperature=config.gconfig.temperature, rank=rank, world_size=world_size, device=device
+            model_folder, actor, temperature=config.gconfig.temperature, mesh=RankMesh(device, rank, config.trainer_layout)
         )
         self._is_first = rank == 0
         self._config = config

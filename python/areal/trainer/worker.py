@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal.config import GRPOConfig, OptimizerConfig
-from areal.config_check import parse_trainer_backend
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
 from areal.weight_sync.stream import SendResult, Target
@@ -41,7 +40,8 @@ class TrainerHandle:
     """All ranks of the trainer. ``await TrainerHandle.start(...)``; methods may be called from one event loop only."""
 
     def __init__(self, config: GRPOConfig, run_folder: Path) -> None:
-        self.world_size = parse_trainer_backend(config.actor.backend)
+        self.layout = config.trainer_layout
+        self.world_size = self.layout.world_size
         self.shm_name = f"{os.getpid()}-{secrets.token_hex(4)}"
         """The shared memory segment that ``publish`` writes to."""
         self._config = config
@@ -52,6 +52,11 @@ class TrainerHandle:
         self._failure: BaseException | None = None
         self._saves: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._rendezvous = tempfile.TemporaryDirectory(prefix="areal-")
+
+    @property
+    def n_data_ranks(self) -> int:
+        """Ranks that get micro-batches of their own."""
+        return self.layout.data
 
     @classmethod
     async def start(cls, config: GRPOConfig, model_folder: Path, run_folder: Path) -> Self:
@@ -64,7 +69,6 @@ class TrainerHandle:
                 "config": config,
                 "model_folder": model_folder,
                 "run_folder": run_folder,
-                "world_size": self.world_size,
                 "rendezvous": str(Path(self._rendezvous.name) / "store"),
                 "shm_name": self.shm_name,
             }
@@ -89,7 +93,9 @@ class TrainerHandle:
         """One PPO step; the statistics of ``TrainEngine.train_step``."""
 
         def part(rank: int) -> dict[str, Any]:
-            return {"minibatches": [(minibatch.ranks[rank], minibatch.denominator) for minibatch in batch.minibatches]}
+            return {
+                "minibatches": [(minibatch.ranks[rank // self.layout.context], minibatch.denominator) for minibatch in batch.minibatches]
+            }
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
 
@@ -97,7 +103,7 @@ class TrainerHandle:
         """One supervised step at ``lr_scale`` times the configured rates; the statistics of ``TrainEngine.sft_step``."""
 
         def part(rank: int) -> dict[str, Any]:
-            return {"minibatch": (minibatch.ranks[rank], minibatch.denominator), "lr_scale": lr_scale}
+            return {"minibatch": (minibatch.ranks[rank // self.layout.context], minibatch.denominator), "lr_scale": lr_scale}
 
         return await self._call_all("sft_step", self._config.actor.step_timeout, part)
 

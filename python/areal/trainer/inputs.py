@@ -1,0 +1,49 @@
+"""A micro-batch on the device of a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from areal.models.prefix import SharedTokens, find_shared_prompts
+from areal.types import Microbatch
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Tensors are [T] unless noted."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: list[int]
+    """Tokens of each sequence."""
+    shared: SharedTokens | None
+    rows: Tensor
+    """The indices of the loss tokens."""
+    loss_mask: Tensor
+    behavior_logprobs: Tensor
+    advantages: Tensor
+    fresh: Tensor
+    """Loss tokens that the current version sampled."""
+
+
+def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
+    """``version``: the policy's, of which tokens are ``fresh``."""
+
+    def put(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Inputs(
+        input_ids=put(mb.input_ids),
+        position_ids=put(mb.position_ids),
+        lengths=(mb.cu_seqlens[1:] - mb.cu_seqlens[:-1]).tolist(),
+        shared=find_shared_prompts(mb.input_ids, mb.cu_seqlens, mb.loss_mask, device),
+        rows=put(mb.loss_mask.nonzero()[0]),
+        loss_mask=put(mb.loss_mask),
+        behavior_logprobs=put(mb.logprobs),
+        advantages=put(mb.advantages),
+        fresh=put(mb.loss_mask & (mb.versions == version)),
+    )
