@@ -14,6 +14,7 @@ from trainer_setup import make_batch, make_config, save_small_model
 from areal.models.loading import load_model
 from areal.ops.weights_hash import weights_hash
 from areal.trainer.checkpoint import write_checkpoint
+from areal.trainer.mesh import RankMesh
 from areal.trainer.sharding import full_tensor
 
 pytestmark = pytest.mark.timeout(240)
@@ -38,7 +39,7 @@ def run_case(folder, name, rank, world_size):
     """Two train steps of two mini-batches and one supervised step; what rank 0 saw."""
     _, actor = CASES[name]
     config = make_config(folder / name, folder, backend=f"fsdp:d{world_size}", **actor)
-    engine = FullGradients(folder / name, config.actor, temperature=0.9, rank=rank, world_size=world_size)
+    engine = FullGradients(folder / name, config.actor, temperature=0.9, mesh=RankMesh(torch.device("cpu"), rank, config.trainer_layout))
     stats = []
     for step in range(2):
         engine.version = step
