@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, OptimizerConfig
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.lora import base_parameters
+from areal.trainer.checkpoint import SavedAdapter
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
@@ -26,6 +28,8 @@ from areal.trainer.ppo import ppo_backward
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
+from areal.weight_sync.adapter import AdapterInfo
+from areal.weight_sync.stream import hash_tensors
 
 
 class NonFiniteGradients(RuntimeError):
@@ -48,6 +52,7 @@ class TrainEngine:
         config: the actor's configuration.
         temperature: that of the rollouts; log-probs are of softmax(logits / temperature).
         mesh: which rank this is, and where it computes; None = one on the CPU.
+        seed: of weights that are not in ``model_dir``: adapters.
     """
 
     def __init__(
@@ -57,14 +62,22 @@ class TrainEngine:
         *,
         temperature: float = 1.0,
         mesh: RankMesh | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.model_dir = Path(model_dir)
         self.mesh = mesh or RankMesh(torch.device("cpu"))
         self.version = 0
         self._temperature = temperature
-        self.actor = RankModel(model_dir, self.mesh, getattr(torch, config.dtype), gradient_checkpointing=config.gradient_checkpointing)
-        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        self.actor = RankModel(
+            model_dir,
+            self.mesh,
+            getattr(torch, config.dtype),
+            gradient_checkpointing=config.gradient_checkpointing,
+            lora=config.lora,
+            seed=seed,
+        )
+        self.gatherer = self._gatherer()
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -159,28 +172,50 @@ class TrainEngine:
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
 
-    def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of every tensor of ``weights``."""
-        return [(name, tuple(p.shape), self.actor.dtype) for name, p in self.model.named_parameters()]
+    def _gatherer(self, names: CheckpointNames | None = None) -> WeightGatherer:
+        """Of the policy's weights as a model without adapters has them."""
+        actor, mesh = self.actor, self.mesh
+        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters)
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
-        names = CheckpointNames(self.template)
-        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names)
+        self.gatherer = self._gatherer(CheckpointNames(self.template))
+
+    def use_adapters_alone(self, bucket_bytes: int) -> AdapterInfo:
+        """From here on ``gatherer`` has the factors of the adapters, by the names of peft's files, in float32; a collective.
+
+        Returns what servers are to be told: how the product is scaled, and the hash of the weights that it is added to, as an embedded
+        engine tells its own (on rank 0).
+        """
+        assert self.actor.adapters is not None
+        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        device = self.device if self.mesh.rank == 0 else None
+        base = sum(hash_tensors(whole.gather, whole.bucket_plan(bucket_bytes), device).values()) & (2**64 - 1)
+        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, self.mesh.rank, self.mesh.world_size)
+        return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
     def weights(self) -> dict[str, Tensor] | None:
-        """All parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
+        """All weights, whole, tied ones once, adapters added, in the dtype of the config; a collective, None on ranks other than 0.
 
         The tensors may share memory with the parameters: read them before the next step.
         """
         result = {}
-        for name, parameter in self.model.named_parameters():
-            tensor = full_tensor(parameter)
+        for name, tensor in self.actor.weights():
             if self.mesh.rank == 0:
                 result[name] = tensor.to(self.actor.dtype)
         return result if self.mesh.rank == 0 else None
 
+    def adapter_snapshot(self) -> SavedAdapter | None:
+        """Copies of the adapters' factors on the CPU, float32; a collective, None on ranks other than 0 and without adapters."""
+        if self.actor.adapters is None:
+            return None
+        whole = {name: full_tensor(p) for name, p in self.actor.adapters.parameters.items()}
+        if self.mesh.rank != 0:
+            return None
+        factors = {name: w.to("cpu", torch.float32, copy=True) for name, w in whole.items()}
+        return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
+
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of all parameters on the CPU; a collective, None on ranks other than 0."""
+        """Copies of ``weights`` on the CPU; a collective, None on ranks other than 0."""
         weights = self.weights()
         return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from areal.config import OptimizerConfig
+from areal.config import LoraConfig, OptimizerConfig
 from areal.models.loading import decoder_layers, load_model, meta_template
+from areal.models.lora import Adapters, add_adapters, base_parameters, with_product
 from areal.trainer.inputs import Inputs
 from areal.trainer.mesh import RankMesh
 from areal.trainer.optimizer import PolicyOptimizer
@@ -31,21 +33,35 @@ class RankModel:
         model_dir: Hugging Face model directory.
         dtype: of parameters in products, and of activations; master weights and gradients are float32.
         gradient_checkpointing: recompute activations in backward, layer by layer.
+        lora: train adapters only.
+        seed: of what is not in ``model_dir``.
     """
 
-    def __init__(self, model_dir: str | Path, mesh: RankMesh, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        mesh: RankMesh,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         self.mesh = mesh
         self.dtype = dtype
         # In bfloat16 FSDP keeps the float32 master weights, on one rank too.
         self.sharded = mesh.world_size > 1 or dtype != torch.float32
         self.model = load_model(model_dir, dtype=torch.float32)
         self.template = meta_template(self.model, dtype)
+        if lora is not None:
+            add_adapters(self.model, lora, dtype)
         if gradient_checkpointing:
             self._checkpoint_layers()
         add_head_methods(self.model)
         if self.sharded:
             shard_model(self.model, mesh.shard_mesh(), dtype)
         self.model.to(mesh.device)
+        self.adapters = None if lora is None else Adapters(self.model, lora, seed)
         self._optimizer: PolicyOptimizer | None = None
 
     def _checkpoint_layers(self) -> None:
@@ -71,6 +87,25 @@ class RankModel:
             result = [self.logprobs(x, temperature)[0] for x in inputs]
         self.reshard()
         return result
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside it is the model that training began with: the reference of a run that trains adapters. Forwards without gradients only."""
+        assert self.adapters is not None, "the model has no adapters"
+        with self.adapters.off():
+            yield
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight, whole, by its name in a model without adapters, whose products are added; a collective.
+
+        A tensor may share memory with its parameter.
+        """
+        pairs = self.adapters.pairs if self.adapters is not None else {}
+        for name, parameter in base_parameters(self.model).items():
+            weight = full_tensor(parameter)
+            if self.adapters is not None and (pair := pairs.get(name)) is not None:
+                weight = with_product(weight, type(pair)(*map(full_tensor, pair)), self.adapters.scale)
+            yield name, weight
 
     def reshard(self) -> None:
         """After forwards without gradients: the root stays unsharded then, and would not see the next optimizer step."""
