@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from areal.algo.loss import sft_loss
-from areal.config import ActorConfig, OptimizerConfig
+from areal.config import ActorConfig, DPOConfig, OptimizerConfig
 from areal.models.checkpoint_names import CheckpointNames
 from areal.models.lora import base_parameters
 from areal.trainer.checkpoint import SavedAdapter
+from areal.trainer.dpo import dpo_backward
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
@@ -78,6 +79,7 @@ class TrainEngine:
             seed=seed,
         )
         self.gatherer = self._gatherer()
+        self.reference: RankModel | None = None
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -149,6 +151,37 @@ class TrainEngine:
         stats.span("training", begin, time.time())
         self._train_steps += 1
         return self._finish(stats, lr_scale, 1)
+
+    def dpo_step(self, minibatch: RankMinibatch, config: DPOConfig, lr_scale: float = 1.0) -> dict[str, Any]:
+        """One step on preferences (see ``dpo``); the denominator is the number of pairs over all ranks.
+
+        Returns those statistics of ``train_step`` that apply, and the means over pairs preference_accuracy, margin, chosen_reward and
+        rejected_reward.
+        """
+        stats = StepStats(self.device)
+        begin = time.time()
+        inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
+        references = self._reference_logprobs(inputs)
+        recomputed = time.time()
+        stats.span("recompute", begin, recomputed)
+        for x, reference in zip(inputs, references, strict=True):
+            dpo_backward(self.actor, config, x, reference, minibatch.denominator, stats)
+        self._optimizer_step(lr_scale, stats)
+        stats.span("training", recomputed, time.time())
+        self._train_steps += 1
+        return self._finish(stats, lr_scale, 1)
+
+    def _reference_logprobs(self, inputs: Sequence[Inputs]) -> list[Tensor]:
+        """Of ``reference``, or of the actor without its adapters, which is the model at the start."""
+        if self.reference is not None:
+            return self.reference.frozen_logprobs(inputs, temperature=1.0)
+        with self.actor.without_adapters():
+            return self.actor.frozen_logprobs(inputs, temperature=1.0)
+
+    def load_reference(self, model_dir: str | Path) -> None:
+        """A frozen model beside the actor; a collective."""
+        self.reference = RankModel(model_dir, self.mesh, self.actor.dtype)
+        self.reference.model.requires_grad_(False)
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""

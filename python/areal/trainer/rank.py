@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from areal.config import GRPOConfig, OptimizerConfig
+from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
 from areal.launcher.local import die_with_parent
 from areal.trainer.rpc import Failure, Server
 from areal.types import Microbatch
@@ -90,6 +90,15 @@ class Rank:
         from areal.trainer.engine import RankMinibatch
 
         stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        return stats if self._is_first else None
+
+    def rpc_load_reference(self, folder: Path) -> None:
+        self._engine.load_reference(folder)
+
+    def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
+        from areal.trainer.engine import RankMinibatch
+
+        stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
         return stats if self._is_first else None
 
     def rpc_logprobs(self, microbatch: Microbatch) -> Any:
