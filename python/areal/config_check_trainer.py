@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from areal.config import ConfigError, CriticConfig, GRPOConfig, RefConfig
 from areal.config_trainer import TrainEngineConfig
 
@@ -80,3 +84,23 @@ def _check_own(config: GRPOConfig, critic: CriticConfig, longest: int) -> None:
             f"a mini-batch of the critic has {samples} samples, fewer than the {n_ranks} ranks of actor.backend='{config.actor.backend}'",
             "lower critic.ppo_n_minibatches, or raise rollout.consumer_batch_size",
         )
+
+
+def check_same_vocabulary(key: str, path: str, actor_path: str) -> None:
+    """Whether the model of ``path`` reads the actor's token ids as the same text, as far as the folders tell. ``ConfigError``."""
+    ours, theirs = _vocabulary(Path(actor_path).expanduser()), _vocabulary(Path(path).expanduser())
+    if ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"{key}: the tokenizer of '{path}' has other token ids than that of actor.path='{actor_path}'",
+            "use a model with the same tokenizer",
+        )
+
+
+def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
+    """What ``tokenizer.json`` says; None where there is no such file, or nothing in it."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # loading the actor's tokenizer says what is wrong with it
+    model = tokenizer.get("model")
+    return (model.get("vocab"), [(t["content"], t["id"]) for t in tokenizer.get("added_tokens", ())]) if model else None
