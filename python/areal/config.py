@@ -231,8 +231,8 @@ class GRPOConfig(Section):
 
     @property
     def uses_ref(self) -> bool:
-        """Whether a reference model is loaded."""
-        return self.actor.kl_ctl > 0
+        """Whether there is a reference model."""
+        return self.actor.kl_ctl > 0 or self.dpo is not None
 
     @property
     def update_mode(self) -> Literal["abort", "retract", "in_place"]:

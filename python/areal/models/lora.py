@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from areal.config import LoraConfig
+from areal.models.value_head import policy_parameters
 
 _IN_FILES = "base_model.model."
 """What peft's files have before the name of a module."""
@@ -43,7 +44,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype)
 
     _check_targets(model, config)
     inject_adapter_in_model(peft_config(config), model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in policy_parameters(model).items():
         parameter.requires_grad_(is_adapter(name))
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -86,8 +87,8 @@ def is_adapter(name: str) -> bool:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the model without adapters, by the names that they have in it; tied ones once."""
-    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not is_adapter(name)}
+    """The policy's parameters but those of adapters, by the names that they have without adapters; tied ones once."""
+    return {name.replace(".base_layer.", "."): p for name, p in policy_parameters(model).items() if not is_adapter(name)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -142,6 +143,18 @@ class Adapters:
                 whole = distribute_tensor(whole.to(pair.down.device), pair.down.device_mesh, pair.down.placements, src_data_rank=None)
             pair.down.copy_(whole)
             pair.up.zero_()
+
+    def added_to(self, name: str, weight: Tensor, *, whole: bool = False) -> Tensor:
+        """``weight``, the rows of the weight ``name`` that this rank holds, or all of it, with the product added if it has an adapter.
+
+        A collective then: W and B are cut alike, but all of A is needed.
+        """
+        if (pair := self.pairs.get(name)) is None:
+            return weight
+        up, down = pair.up.detach(), pair.down.detach()
+        if isinstance(up, DTensor):
+            up = up.full_tensor() if whole else up.to_local()
+        return with_product(weight, AdapterPair(up, down.full_tensor() if isinstance(down, DTensor) else down), self.scale)
 
     def describe(self, base: str) -> dict[str, Any]:
         """What peft's adapter_config.json is to say; ``base``: the folder of the model that they belong to."""

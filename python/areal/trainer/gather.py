@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from areal.models.checkpoint_names import CheckpointNames
-from areal.models.lora import AdapterPair, Adapters, with_product
+from areal.models.lora import Adapters, base_parameters
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
-from areal.trainer.sharding import full_tensor
+from areal.trainer.sharding import local_part
 from areal.weight_sync.stream import BucketPlan, plan_buckets
 
 
@@ -38,7 +38,7 @@ class WeightGatherer:
         adapters: Adapters | None = None,
     ) -> None:
         """``dtype``: what they are cast to on their way. ``names``: what they are called there, if not as here. ``adapters``: of them."""
-        self._parameters = dict(parameters.named_parameters()) if isinstance(parameters, nn.Module) else parameters
+        self._parameters: Mapping[str, Tensor] = base_parameters(parameters) if isinstance(parameters, nn.Module) else parameters
         self._adapters = adapters
         self._dtype = dtype
         self._rank = rank
@@ -106,7 +106,7 @@ class WeightGatherer:
         buckets = self._plan(bucket_bytes)
         memory = None
         if self._rank == 0:
-            device = _local(next(iter(self._parameters.values()))).device
+            device = local_part(next(iter(self._parameters.values()))).device
             memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
         for bucket in buckets:
             out = None if memory is None else memory[: bucket.nbytes]
@@ -115,10 +115,8 @@ class WeightGatherer:
 
     def _piece(self, name: str) -> Tensor:
         """This rank's piece of a parameter; on one rank all of it. A collective if it has an adapter."""
-        piece = _local(self._parameters[name])
-        if self._adapters is None or (pair := self._adapters.pairs.get(name)) is None:
-            return piece
-        return with_product(piece, AdapterPair(_local(pair.up), full_tensor(pair.down)), self._adapters.scale)
+        piece = local_part(self._parameters[name].detach())
+        return piece if self._adapters is None else self._adapters.added_to(name, piece)
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
         """Where the pieces that ``rank`` holds lie in the bucket, without those that are empty."""
@@ -149,8 +147,3 @@ class WeightGatherer:
             pieces = {e.name: flat[e.offset : e.offset + e.nbytes].view(e.dtype) for e in layout.entries}
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, piece, 0) for piece in pieces.values()]):
             work.wait()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -28,6 +28,9 @@ class Inputs:
     advantages: Tensor
     fresh: Tensor
     """Loss tokens that the current version sampled."""
+    values: Tensor | None = None
+    """Where a critic is trained: what it said before the train step, and what it should have said."""
+    returns: Tensor | None = None
 
 
 def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
@@ -46,4 +49,6 @@ def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
         behavior_logprobs=put(mb.logprobs),
         advantages=put(mb.advantages),
         fresh=put(mb.loss_mask & (mb.versions == version)),
+        values=None if mb.values is None else put(mb.values),
+        returns=None if mb.returns is None else put(mb.returns),
     )

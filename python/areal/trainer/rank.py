@@ -57,8 +57,16 @@ class Rank:
                 world_size=world_size,
                 timeout=timedelta(seconds=actor.step_timeout),
             )
-        mesh = RankMesh(device, rank, config.trainer_layout)
-        self._engine = TrainEngine(model_folder, actor, temperature=config.gconfig.temperature, mesh=mesh, seed=config.seed)
+        self._engine = TrainEngine(
+            model_folder,
+            actor,
+            temperature=config.gconfig.temperature,
+            mesh=RankMesh(device, rank, config.trainer_layout),
+            critic=config.critic,
+            ref=config.ref if config.uses_ref else None,
+            warms_up=config.warmup is not None,
+            seed=config.seed,
+        )
         self._is_first = rank == 0
         self._config = config
         self._model_folder = model_folder
@@ -80,10 +88,18 @@ class Rank:
         name = type(self._engine.model).__name__
         log.info("rank %d of %d on %s: %s, %s parameters, %s of them trained", rank, world_size, device, name, f"{n:,}", f"{trained:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+    def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        return self._engine.score(minibatches, critic, logprobs)
+
+    def rpc_start_from_actor(self) -> None:
+        self._engine.start_from_actor()
+
+    def rpc_train_step(
+        self, minibatches: list[tuple[list[Microbatch], float]], critic: list[tuple[list[Microbatch], float]]
+    ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
@@ -91,9 +107,6 @@ class Rank:
 
         stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
         return stats if self._is_first else None
-
-    def rpc_load_reference(self, folder: Path) -> None:
-        self._engine.load_reference(folder)
 
     def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
