@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,31 @@ def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
         return None  # loading the actor's tokenizer says what is wrong with it
     model = tokenizer.get("model")
     return (model.get("vocab"), [(t["content"], t["id"]) for t in tokenizer.get("added_tokens", ())]) if model else None
+
+
+def check_adapters(config: GRPOConfig) -> None:
+    """Keys of actor.lora."""
+    lora = config.actor.lora
+    if lora is None:
+        return
+    if not lora.target_modules:
+        raise ConfigError("actor.lora.target_modules is empty, so nothing would be trained", "set actor.lora.target_modules=all-linear")
+    if lora.sync == "merged":
+        return
+    if config.layout.engine == "sglang":
+        raise ConfigError(
+            "actor.lora.sync=adapter needs the embedded engine: SGLang takes an adapter under a name that every request must then give, and "
+            "what it holds of it cannot be compared with what was sent",
+            "set actor.lora.sync=merged",
+        )
+    if config.transport not in ("shm", "disk"):
+        raise ConfigError(
+            f"actor.lora.sync=adapter works by shared memory or files, and the transport is {config.transport}",
+            "set weight_sync.transport=shm (servers on this machine) or disk, or actor.lora.sync=merged",
+        )
+
+
+def check_peft(config: GRPOConfig) -> None:
+    """What actor.lora needs is installed."""
+    if config.actor.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("actor.lora needs the package 'peft'", "pip install '.[lora]' in areal's folder, or set actor.lora=null")
