@@ -125,7 +125,7 @@ def test_adapters_learn(tmp_path: Path) -> None:
     lora = ["actor.lora={rank: 16, alpha: 32}", "warmup.optimizer.type=adamw", "warmup.optimizer.lr=5e-3", "warmup.total_steps=60"]
     final, adapters = learn("adapters", f"actor.path={start}", "actor.init_from_scratch=null", *lora)
     assert adapters[0] == pytest.approx(np.mean(whole[-5:]), rel=0.3)
-    assert np.mean(adapters[-5:]) < 0.7 * adapters[0]
+    assert np.mean(adapters[-5:]) < 0.85 * adapters[0]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, final))
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(before["model.layers.1.mlp.up_proj.weight"], after["model.layers.1.mlp.up_proj.weight"])
