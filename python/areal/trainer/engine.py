@@ -63,8 +63,14 @@ class TrainEngine:
         self.mesh = mesh or RankMesh(torch.device("cpu"))
         self.version = 0
         self._temperature = temperature
-        self.actor = RankModel(model_dir, self.mesh, getattr(torch, config.dtype), gradient_checkpointing=config.gradient_checkpointing)
-        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        self.actor = RankModel(
+            model_dir,
+            self.mesh,
+            getattr(torch, config.dtype),
+            gradient_checkpointing=config.gradient_checkpointing,
+            offload=config.offload,
+        )
+        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, device=self.device)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -99,7 +105,7 @@ class TrainEngine:
         this rank's spans [[kind, start, end]] in seconds
         since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
@@ -123,7 +129,7 @@ class TrainEngine:
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         for microbatch in minibatch.microbatches:
             x = self._put(microbatch)
@@ -139,10 +145,10 @@ class TrainEngine:
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
-        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0].cpu()
+        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0][: microbatch.n_tokens].cpu()
 
     def _put(self, microbatch: Microbatch) -> Inputs:
-        return to_device(microbatch, self.device, self.version)
+        return to_device(microbatch, self.device, self.version, self.mesh)
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
         step = self.actor.optimizer_step(lr_scale)
@@ -166,7 +172,7 @@ class TrainEngine:
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
         names = CheckpointNames(self.template)
-        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names)
+        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
         """All parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from areal.config import OptimizerConfig
-from areal.models.loading import decoder_layers, load_model, meta_template
+from areal.models.loading import decoder_layers, empty_model, load_model, meta_template
 from areal.trainer.inputs import Inputs
 from areal.trainer.mesh import RankMesh
 from areal.trainer.optimizer import PolicyOptimizer
+from areal.trainer.shards import fill_shards
 from areal.trainer.sharding import add_head_methods, full_tensor, shard_model
 
 
@@ -31,21 +32,26 @@ class RankModel:
         model_dir: Hugging Face model directory.
         dtype: of parameters in products, and of activations; master weights and gradients are float32.
         gradient_checkpointing: recompute activations in backward, layer by layer.
+        offload: keep this rank's parameters, gradients and optimizer state in host memory.
     """
 
-    def __init__(self, model_dir: str | Path, mesh: RankMesh, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model_dir: str | Path, mesh: RankMesh, dtype: torch.dtype, *, gradient_checkpointing: bool = False, offload: bool = False
+    ) -> None:
         self.mesh = mesh
         self.dtype = dtype
         # In bfloat16 FSDP keeps the float32 master weights, on one rank too.
-        self.sharded = mesh.world_size > 1 or dtype != torch.float32
-        self.model = load_model(model_dir, dtype=torch.float32)
+        self.sharded = mesh.world_size > 1 or dtype != torch.float32 or offload
+        self.model = empty_model(model_dir) if self.sharded else load_model(model_dir, dtype=torch.float32)
         self.template = meta_template(self.model, dtype)
         if gradient_checkpointing:
             self._checkpoint_layers()
         add_head_methods(self.model)
         if self.sharded:
-            shard_model(self.model, mesh.shard_mesh(), dtype)
-        self.model.to(mesh.device)
+            shard_model(self.model, mesh.shard_mesh(), dtype, offload=offload)
+            fill_shards(self.model, Path(model_dir), torch.device("cpu") if offload else mesh.device)
+        else:
+            self.model.to(mesh.device)
         self._optimizer: PolicyOptimizer | None = None
 
     def _checkpoint_layers(self) -> None:
@@ -62,8 +68,8 @@ class RankModel:
         self.optimizer_config = config
 
     def logprobs(self, x: Inputs, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [T] of the loss tokens, 0 elsewhere."""
-        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, shared=x.shared)
+        """Log-probs and entropies [T] of the loss tokens, 0 elsewhere; the same on all context ranks, with gradients of own rows."""
+        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, shared=x.shared, part=x.part)
 
     def frozen_logprobs(self, inputs: Sequence[Inputs], temperature: float) -> list[Tensor]:
         """The log-probs of ``logprobs`` for every micro-batch, without gradients."""
