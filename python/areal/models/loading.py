@@ -15,22 +15,27 @@ from areal.models.attention import ATTENTION_NAME, AttentionContext
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a Hugging Face directory, in eval mode, with areal's attention. ``UnsupportedModel`` if it would compute wrongly."""
+    """The model of a Hugging Face directory, in eval mode, with areal's attention. ``UnsupportedModel`` if it would compute wrongly;
+    ``ValueError`` if the checkpoint lacks some of its weights, which transformers would make up."""
     from areal.models.selfcheck import check_model
 
     check_model(AutoConfig.from_pretrained(path, local_files_only=True))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: the checkpoint has no tensor '{missing[0]}'; give the folder of a whole model")
     return model.to(device).eval()
 
 
-def empty_model(path: str | Path) -> PreTrainedModel:
-    """``load_model`` in float32 without the weights: parameters are on the meta device, tied as they should be, and buffers have values."""
+def empty_model(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """``load_model`` without the weights: parameters are on the meta device, tied as they should be, and buffers have values."""
     from areal.models.selfcheck import check_model
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     check_model(config)
     with _parameters_on_meta():
-        model = model_from_config(config, dtype=torch.float32)
+        model = model_from_config(config, dtype=dtype)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
@@ -43,9 +48,11 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+        if param is not None and not param.is_meta:  # one that is on meta is being tied: it must stay itself
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

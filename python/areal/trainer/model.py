@@ -14,7 +14,7 @@ from areal.models.loading import decoder_layers, empty_model, load_model, meta_t
 from areal.trainer.inputs import Inputs
 from areal.trainer.mesh import RankMesh
 from areal.trainer.optimizer import PolicyOptimizer
-from areal.trainer.shards import fill_shards
+from areal.trainer.shard_loading import allocate_shards, fill_shards, persistent_buffers
 from areal.trainer.sharding import add_head_methods, full_tensor, shard_model
 
 
@@ -42,14 +42,15 @@ class RankModel:
         self.dtype = dtype
         # In bfloat16 FSDP keeps the float32 master weights, on one rank too.
         self.sharded = mesh.world_size > 1 or dtype != torch.float32 or offload
-        self.model = empty_model(model_dir) if self.sharded else load_model(model_dir, dtype=torch.float32)
+        self.model = (empty_model if self.sharded else load_model)(model_dir, dtype=torch.float32)
         self.template = meta_template(self.model, dtype)
         if gradient_checkpointing:
             self._checkpoint_layers()
         add_head_methods(self.model)
         if self.sharded:
             shard_model(self.model, mesh.shard_mesh(), dtype, offload=offload)
-            fill_shards(self.model, Path(model_dir), torch.device("cpu") if offload else mesh.device)
+            allocate_shards(self.model, torch.device("cpu") if offload else mesh.device)
+            fill_shards(dict(self.model.named_parameters()) | persistent_buffers(self.model), self.template, Path(model_dir))
         else:
             self.model.to(mesh.device)
         self._optimizer: PolicyOptimizer | None = None
