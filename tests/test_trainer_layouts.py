@@ -27,14 +27,19 @@ TEMPERATURE, CAP = 0.9, 1.5
 MODELS = ["qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3_text", "mistral", "gpt_oss"]
 IN_EVERY_LAYOUT = ["qwen2", "gemma2", "gpt_oss"]
 """Tied; a head that does more than a product, and windows; attention sinks and experts."""
-LAYOUTS = {1: ["d1"], 2: ["d2", "d1c2"], 4: ["d4", "d4r2", "d4r4", "d2c2", "d1c4", "d2r2c2"]}
+LAYOUTS = {1: ["d1"], 2: ["d2", "d1c2"], 4: ["d4", "d4r2", "d2c2", "d1c4"]}
 JOBS = {
     size: [(name, layout, {}) for layout in layouts for name in (MODELS if layout in ("d1", "d2") else IN_EVERY_LAYOUT)]
     for size, layouts in LAYOUTS.items()
 }
 JOBS[1].append(("qwen2", "d1", {"capacity": 60}))
 JOBS[2].append(("qwen2", "d2", {"offload": True}))
-JOBS[4] += [("qwen2", "d2c2", {"capacity": 60, "fill_up": True}), ("qwen2", "d2c2", {"gradient_checkpointing": True})]
+JOBS[4] += [
+    ("qwen2", "d4r4", {}),
+    ("qwen2", "d2r2c2", {}),
+    ("qwen2", "d2c2", {"capacity": 60, "fill_up": True}),
+    ("qwen2", "d2c2", {"gradient_checkpointing": True}),
+]
 
 
 def run_layout(folder, name, layout, rank, capacity=200, fill_up=False, **actor):
@@ -120,7 +125,8 @@ def job_id(job):
 
 def expected_gradients(folder, name):
     """Of the first mini-batch, in float64, by Hugging Face's eager attention, a sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, **eager).eval()
     batch = make_batch(n_minibatches=2, capacity=10**6)
     (microbatch,) = batch.minibatches[0].ranks[0]
     loss = torch.zeros((), dtype=torch.float64)
@@ -144,18 +150,16 @@ def test_gradients_are_those_of_eager_attention_and_float64_losses(results, fold
     for layout in ["d1", "d2"]:
         gradients = result_of(results, (name, layout, {}))[0]["gradients"][0]
         assert gradients.keys() == expected.keys()
-        assert relative_difference(gradients, expected) < 1e-5
-        print(name, layout, {n: relative_difference({n: g}, {n: expected[n]}) for n, g in gradients.items()})
+        assert max(relative_difference({n: gradients[n]}, {n: e}) for n, e in expected.items()) < 1e-5
 
 
 @pytest.mark.parametrize("job", DERIVED, ids=job_id)
 def test_every_layout_has_the_gradients_of_one_rank(results, job):
     one, other = result_of(results, (job[0], "d1", {}))[0], result_of(results, job)[0]
-    for first, second in zip(one["gradients"], other["gradients"], strict=True):
-        assert first.keys() == second.keys()
-        worst = {n: relative_difference({n: second[n]}, {n: first[n]}) for n in first}
-        print(relative_difference(second, first), max(worst.values()), max(worst, key=worst.get))
-        assert relative_difference(second, first) < 1e-6
+    (first, later), (other_first, other_later) = one["gradients"], other["gradients"]
+    assert other_first.keys() == first.keys()
+    assert max(relative_difference({n: other_first[n]}, {n: g}) for n, g in first.items()) < 1e-6
+    assert relative_difference(other_later, later) < 3e-6  # of parameters that differ in their last bits already
 
 
 @pytest.mark.parametrize("job", DERIVED, ids=job_id)

@@ -23,6 +23,7 @@ from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.model import RankModel
 from areal.trainer.ppo import ppo_backward
+from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
@@ -187,6 +188,9 @@ class TrainEngine:
         return result if self.mesh.rank == 0 else None
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of all parameters on the CPU; a collective, None on ranks other than 0."""
+        """Copies on the CPU of all that a checkpoint holds: parameters, and buffers that are not trained; a collective, None on ranks other
+        than 0."""
         weights = self.weights()
-        return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}
+        if weights is None:
+            return None
+        return {name: w.detach().to("cpu", copy=True) for name, w in (weights | persistent_buffers(self.model)).items()}
