@@ -74,7 +74,7 @@ def _own_rows(tensor: Tensor) -> tuple[int, Tensor]:
         return 0, tensor.detach()
     mesh = tensor.device_mesh
     chunk = -(-tensor.shape[0] // mesh.size(-1))
-    return chunk * mesh.get_local_rank(mesh.ndim - 1), tensor.detach().to_local()
+    return chunk * mesh.get_local_rank(mesh.ndim - 1), tensor.to_local().detach()
 
 
 def _hand_out(tensors: Mapping[str, Tensor], template: PreTrainedModel, folder: Path) -> None:
