@@ -40,6 +40,3 @@ def _rank(jobs, folder, rank):
         torch.save([function(rank) for function in functions], f"{folder}/{size}-{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
-    import time
-
-    print("CPU", rank, time.process_time(), flush=True)
