@@ -147,7 +147,7 @@ def packed_ppo_loss(
         loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
-        value_loss, sums = value_terms(model, hidden, rows, values, denominator)
+        value_loss, sums = value_terms(model, hidden, rows, values)
         result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
     zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
     return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))

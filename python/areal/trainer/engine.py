@@ -164,7 +164,7 @@ class TrainEngine:
                     known = None
                 else:
                     known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
-                values = value_inputs(x, self.shared_critic)
+                values = value_inputs(x, self.shared_critic, minibatch.denominator)
                 ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats, values)
             self._optimizer_step(lr_scale, stats)
         stats.span("training", recomputed, time.time())
