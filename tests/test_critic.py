@@ -202,6 +202,16 @@ def test_the_policy_goes_out_without_its_value_head(model_folder, tmp_path):
     assert any("value_head" in n for n, _ in shared.models["actor"].model.named_parameters())
 
 
+def test_a_checkpoint_holds_what_cannot_be_loaded_again(model_folder, tmp_path):
+    config, path = make_config(model_folder, tmp_path, kl_ctl=0.1, **NO_NORM), str(model_folder)
+
+    def names(ref, warms_up, critic=None):
+        return list(TrainEngine(model_folder, config.actor, critic=critic, ref=ref, warms_up=warms_up).models)
+
+    assert names(RefConfig(), False) == names(RefConfig(path=path), True) == ["actor"]
+    assert names(RefConfig(), True, CriticConfig()) == ["actor", "critic", "ref"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_critic_has_no_output_head(tmp_path, tied):
     folder = save_small_model(tmp_path, tie_word_embeddings=tied)

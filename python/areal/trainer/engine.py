@@ -52,6 +52,7 @@ class TrainEngine:
         mesh: which rank this is, and where it computes; None = one on the CPU.
         critic: a value model, of its own or on the actor's layers.
         ref: a frozen reference model.
+        warms_up: the actor is trained before the reference is taken (``start_from_actor``).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TrainEngine:
         mesh: RankMesh | None = None,
         critic: CriticConfig | None = None,
         ref: RefConfig | None = None,
+        warms_up: bool = False,
     ) -> None:
         self.config = config
         self.model_dir = Path(model_dir)
@@ -79,6 +81,7 @@ class TrainEngine:
         self.reference: RankModel | None = None
         if ref is not None:
             self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
+        self._keeps_ref = ref is not None and not ref.path and warms_up
         self._made_from_actor = [
             model
             for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
@@ -90,8 +93,9 @@ class TrainEngine:
 
     @property
     def models(self) -> dict[str, RankModel]:
-        """Those that are trained, by name: what a checkpoint of the whole run holds."""
-        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic.model})
+        """What a checkpoint of the whole run holds, by name: those that are trained, and a reference that a warm-up made."""
+        made = {"critic": self.critic and self.critic.model, "ref": self.reference if self._keeps_ref else None}
+        return {"actor": self.actor} | {name: model for name, model in made.items() if model is not None}
 
     @property
     def device(self) -> torch.device:

@@ -61,6 +61,7 @@ class Rank:
             mesh=RankMesh(device, rank, config.trainer_layout),
             critic=config.critic,
             ref=config.ref if config.uses_ref else None,
+            warms_up=config.warmup is not None,
         )
         self._is_first = rank == 0
         self._config = config
