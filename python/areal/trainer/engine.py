@@ -94,8 +94,12 @@ class TrainEngine:
     @property
     def models(self) -> dict[str, RankModel]:
         """What a checkpoint of the whole run holds, by name: those that are trained, and a reference that a warm-up made."""
-        made = {"critic": self.critic and self.critic.model, "ref": self.reference if self._keeps_ref else None}
-        return {"actor": self.actor} | {name: model for name, model in made.items() if model is not None}
+        models = {"actor": self.actor}
+        if self.critic is not None:
+            models["critic"] = self.critic.model
+        if self.reference is not None and self._keeps_ref:
+            models["ref"] = self.reference
+        return models
 
     @property
     def device(self) -> torch.device:
