@@ -47,9 +47,9 @@ def record(model, seen):
 def run_case(folder, name, rank, world_size):
     """Three times score and step; what rank 0 saw, and this rank's scores."""
     _, critic, actor = CASES[name]
-    actor = {"kl_ctl": 0.1, "optimizer": {"lr": 1e-2}, **actor}
+    actor = {"kl_ctl": 0.1, "kl_in": "reward", "optimizer": {"lr": 1e-3}, **actor}
     config = make_config(folder / name, folder, backend=f"fsdp:d{world_size}", **NO_NORM, **actor)
-    critic = CriticConfig(**critic, **({} if critic.get("shared") else {"optimizer": {"lr": 1e-2}}))
+    critic = CriticConfig(**critic, **({} if critic.get("shared") else {"optimizer": {"lr": 1e-3}}))
     mesh = RankMesh(torch.device("cpu"), rank, config.trainer_layout)
     engine = TrainEngine(folder / name, config.actor, temperature=0.9, mesh=mesh, critic=critic, ref=RefConfig(path=str(folder / "other")))
     seen, scores, stats = {n: [] for n in engine.models}, [], []
@@ -66,8 +66,8 @@ def run_case(folder, name, rank, world_size):
         cut = cuts["actor" if critic.shared else "critic"]
         scored = engine.score(*([m.ranks[rank] for m in c] for c in cuts.values()), logprobs=True)
         scores.append({n: scored[n] for n in ("values", "ref_logprobs", "logprobs")})
-        for field in ("values", "returns"):
-            fill(cut, field, [rng.standard_normal(len(t)).astype(np.float32) for t in samples_of(groups)])
+        for field, where in (("values", cut), ("returns", cut), ("advantages", batch.minibatches)):
+            fill(where, field, [rng.standard_normal(len(t)).astype(np.float32) for t in samples_of(groups)])
         stats.append(engine.train_step(rank_part(batch.minibatches, rank), [] if critic.shared else rank_part(cut, rank)))
         if len(stats) == 1:
             engine.start_from_actor()
