@@ -9,6 +9,7 @@ from torch import nn
 from trainer_setup import MODEL, make_config, make_groups, save_small_model
 from transformers import AutoModelForCausalLM
 
+from areal.algo.advantage import compute_advantages
 from areal.config import CriticConfig, OptimizerConfig, RefConfig
 from areal.models.heads import packed_logprobs
 from areal.models.loading import create_model, load_model
@@ -315,6 +316,22 @@ def test_a_critic_learns(model_folder, tmp_path, shared):
     assert prepared.row["return_mean"] == pytest.approx(
         np.mean(np.concatenate([t.reward * t.loss_mask[t.loss_mask] for g in groups for t in g.trajectories])), abs=1e-5
     )
+
+
+def test_without_critic_and_reference_the_ranks_are_not_asked(model_folder, tmp_path):
+    class Silent:
+        n_data_ranks = 2  # and no score
+
+    groups, config = make_groups(), make_config(model_folder, tmp_path, ppo_n_minibatches=2)
+    batch, row, spans = asyncio.run(prepare_batch(config, Silent(), groups, groups))
+    assert (row, spans, batch.critic_minibatches, batch.n_samples) == ({}, [], [], 24)
+    advantages = compute_advantages(groups, config.actor, 40)
+    expected = make_train_batch(groups, advantages, n_minibatches=2, max_tokens_per_mb=16384, world_size=2)
+    for m, n in zip(batch.minibatches, expected.minibatches, strict=True):
+        for mb, other in zip((mb for rank in m.ranks for mb in rank), (mb for rank in n.ranks for mb in rank), strict=True):
+            np.testing.assert_array_equal(mb.advantages, other.advantages)
+            np.testing.assert_array_equal(mb.input_ids, other.input_ids)
+            assert mb.ref_logprobs is mb.values is mb.returns is None
 
 
 def test_advantages_fall_as_the_critic_learns_what_comes(model_folder, tmp_path):
