@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
-from areal.config_check_trainer import check_critic_and_reference, check_same_vocabulary
+from areal.config_check_trainer import check_critic_and_reference, check_heads, check_offload, check_same_vocabulary
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
@@ -157,6 +157,7 @@ def _check_context(config: GRPOConfig, longest: int, what: str) -> None:
 def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
     if not isinstance(model.get("model_type"), str):
         raise ConfigError(f"{where} has no model_type", "name a Hugging Face architecture, e.g. model_type: qwen2")
+    check_heads(config, model, where)
     limit = model.get("max_position_embeddings")
     needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
     if config.evaluator.gconfig is not None:
@@ -240,6 +241,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
+    check_offload(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)
     if trains:

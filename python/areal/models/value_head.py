@@ -34,7 +34,6 @@ def add_value_head(model: PreTrainedModel, *, keep_lm_head: bool) -> None:
     nn.init.zeros_(model.value_head.weight)
     nn.init.zeros_(model.value_head.bias)
     if not keep_lm_head:
-        model.config.tie_word_embeddings = False  # nothing is left to tie
         model.set_output_embeddings(nn.Identity())
 
 

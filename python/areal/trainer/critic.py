@@ -36,7 +36,9 @@ class Critic:
 
     def __init__(self, model_dir: str | Path, config: CriticConfig, mesh: RankMesh, dtype: torch.dtype) -> None:
         self.config = config
-        self.model = RankModel(model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head="values")
+        self.model = RankModel(
+            model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, offload=config.offload, head="values"
+        )
         self.model.set_optimizer(config.optimizer)
         self.train_steps = 0
         self.nonfinite_in_a_row = 0
@@ -46,7 +48,7 @@ class Critic:
 
         Returns over all ranks: value_loss (per loss token), value_clip_fraction, critic_grad_norm, critic_skipped_nonfinite.
         """
-        mesh, stats = self.model.mesh, StepStats(self.model.mesh.device)
+        mesh, stats = self.model.mesh, StepStats(self.model.mesh.device, counts=self.model.mesh.counts)
         lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.config.optimizer.warmup_steps))
         for minibatch in minibatches:
             for x in minibatch.inputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.model import RankModel
 from areal.trainer.ppo import ppo_backward
+from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
@@ -73,21 +74,27 @@ class TrainEngine:
         self._temperature = temperature
         dtype = getattr(torch, config.dtype)
         self.shared_critic = critic if critic is not None and critic.shared else None
-        head: Literal["logprobs", "both"] = "both" if self.shared_critic else "logprobs"
-        self.actor = RankModel(model_dir, self.mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head=head)
+        self.actor = RankModel(
+            model_dir,
+            self.mesh,
+            dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+            offload=config.offload,
+            head="both" if self.shared_critic else "logprobs",
+        )
         self.critic: Critic | None = None
         if critic is not None and not critic.shared:
             self.critic = Critic(critic.path or model_dir, critic, self.mesh, dtype)
         self.reference: RankModel | None = None
         if ref is not None:
-            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
+            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, offload=ref.offload, frozen=True)
         self._keeps_ref = ref is not None and not ref.path and warms_up
         self._made_from_actor = [
             model
             for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
             if model is not None and section is not None and not section.path
         ]
-        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, device=self.device)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -130,7 +137,8 @@ class TrainEngine:
         begin = time.time()
 
         def of_each(cut: Sequence[Sequence[Microbatch]], compute: Callable[[list[Inputs]], list[Tensor]]) -> list[list[Any]]:
-            return [[t.cpu().numpy() for t in compute([self._put(mb) for mb in microbatches])] for microbatches in cut]
+            found = [zip(mbs, compute([self._put(mb) for mb in mbs]), strict=True) for mbs in cut]
+            return [[t[: mb.n_tokens].cpu().numpy() for mb, t in pairs] for pairs in found]
 
         result: dict[str, Any] = {}
         if self.reference is not None:
@@ -156,7 +164,7 @@ class TrainEngine:
         since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also value_loss and
         value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
@@ -198,7 +206,7 @@ class TrainEngine:
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         for microbatch in minibatch.microbatches:
             x = self._put(microbatch)
@@ -214,10 +222,10 @@ class TrainEngine:
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
-        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0].cpu()
+        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0][: microbatch.n_tokens].cpu()
 
     def _put(self, microbatch: Microbatch) -> Inputs:
-        return to_device(microbatch, self.device, self.version)
+        return to_device(microbatch, self.device, self.version, self.mesh)
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
         step = self.actor.optimizer_step(lr_scale)
@@ -241,7 +249,7 @@ class TrainEngine:
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
         names = CheckpointNames(self.template)
-        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names)
+        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
         """The policy's parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
@@ -256,6 +264,9 @@ class TrainEngine:
         return result if self.mesh.rank == 0 else None
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of all parameters on the CPU; a collective, None on ranks other than 0."""
+        """Copies on the CPU of all that a checkpoint holds: parameters, and buffers that are not trained; a collective, None on ranks other
+        than 0."""
         weights = self.weights()
-        return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}
+        if weights is None:
+            return None
+        return {name: w.detach().to("cpu", copy=True) for name, w in (weights | persistent_buffers(self.model)).items()}

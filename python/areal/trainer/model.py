@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from areal.config import OptimizerConfig
-from areal.models.loading import decoder_layers, load_model, meta_template
+from areal.models.loading import decoder_layers, empty_model, load_model, meta_template
 from areal.models.value_head import add_value_head, policy_parameters
 from areal.trainer.inputs import Inputs
 from areal.trainer.mesh import RankMesh
 from areal.trainer.optimizer import PolicyOptimizer
+from areal.trainer.shard_loading import allocate_shards, fill_shards, persistent_buffers
 from areal.trainer.sharding import add_head_methods, full_tensor, local_part, shard_model
 
 
@@ -32,6 +33,7 @@ class RankModel:
         model_dir: Hugging Face model directory.
         dtype: of parameters in products, and of activations; master weights and gradients are float32.
         gradient_checkpointing: recompute activations in backward, layer by layer.
+        offload: keep this rank's parameters, gradients and optimizer state in host memory.
         head: what it says of a token: its log-prob, the value of the state before it, or both.
         frozen: never trained; its parameters are kept in ``dtype``.
     """
@@ -43,14 +45,15 @@ class RankModel:
         dtype: torch.dtype,
         *,
         gradient_checkpointing: bool = False,
+        offload: bool = False,
         head: Literal["logprobs", "values", "both"] = "logprobs",
         frozen: bool = False,
     ) -> None:
         self.mesh = mesh
         self.dtype = dtype
         # In bfloat16 FSDP keeps the float32 master weights, on one rank too.
-        self.sharded = mesh.world_size > 1 or dtype != torch.float32
-        self.model = load_model(model_dir, dtype=dtype if frozen else torch.float32)
+        self.sharded = mesh.world_size > 1 or dtype != torch.float32 or offload
+        self.model = (empty_model if self.sharded else load_model)(model_dir, dtype=dtype if frozen else torch.float32)
         self.template = meta_template(self.model, dtype)
         if head != "logprobs":
             add_value_head(self.model, keep_lm_head=head == "both")
@@ -59,8 +62,11 @@ class RankModel:
             self._checkpoint_layers()
         add_head_methods(self.model)
         if self.sharded:
-            shard_model(self.model, mesh.shard_mesh(), dtype)
-        self.model.to(mesh.device)
+            shard_model(self.model, mesh.shard_mesh(), dtype, offload=offload)
+            allocate_shards(self.model, torch.device("cpu") if offload else mesh.device)
+            fill_shards(policy_parameters(self.model) | persistent_buffers(self.model), self.template, Path(model_dir))
+        else:
+            self.model.to(mesh.device)
         self._optimizer: PolicyOptimizer | None = None
 
     def _checkpoint_layers(self) -> None:
@@ -77,8 +83,8 @@ class RankModel:
         self.optimizer_config = config
 
     def logprobs(self, x: Inputs, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [T] of the loss tokens, 0 elsewhere."""
-        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, shared=x.shared)
+        """Log-probs and entropies [T] of the loss tokens, 0 elsewhere; the same on all context ranks, with gradients of own rows."""
+        return self.model.packed_logprobs(x.input_ids, x.position_ids, x.lengths, temperature, rows=x.rows, shared=x.shared, part=x.part)
 
     def frozen_logprobs(self, inputs: Sequence[Inputs], temperature: float) -> list[Tensor]:
         """The log-probs of ``logprobs`` for every micro-batch, without gradients."""
@@ -89,7 +95,7 @@ class RankModel:
 
     def values(self, x: Inputs) -> Tensor:
         """What the states before the loss tokens are worth, float32 [T], 0 elsewhere."""
-        return self.model.packed_values(x.input_ids, x.position_ids, x.lengths, rows=x.rows, shared=x.shared)
+        return self.model.packed_values(x.input_ids, x.position_ids, x.lengths, rows=x.rows, shared=x.shared, part=x.part)
 
     def frozen_values(self, inputs: Sequence[Inputs]) -> list[Tensor]:
         """``values`` of every micro-batch, without gradients."""
