@@ -13,7 +13,7 @@ from areal.types import Group, Microbatch, Minibatch, TrainBatch, Trajectory
 
 def make_train_batch(
     groups: Sequence[Group],
-    advantages: Sequence[Sequence[NDArray[np.float32]]],
+    advantages: Sequence[Sequence[NDArray[np.float32]]] | None,
     *,
     n_minibatches: int,
     max_tokens_per_mb: int,
@@ -21,15 +21,18 @@ def make_train_batch(
 ) -> TrainBatch:
     """Packs ``groups``, in their order, into ``n_minibatches`` that differ by at most one group.
 
-    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g. A mini-batch's denominator is its number of loss
+    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's denominator is its number of loss
     tokens over all ranks, at least 1. ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
     samples, or when a sample is longer than ``max_tokens_per_mb``.
     """
     if n_minibatches < 1 or len(groups) < n_minibatches:
         raise ValueError(f"{len(groups)} groups cannot be cut into {n_minibatches} mini-batches (actor.ppo_n_minibatches)")
+    if advantages is None:
+        advantages = [[np.zeros(len(sample), np.float32) for sample in group.trajectories] for group in groups]
     if len(advantages) != len(groups):
         raise ValueError(f"there are advantages for {len(advantages)} groups, but {len(groups)} groups")
-    minibatches = []
+    minibatches: list[Minibatch] = []
+    n_packed = 0
     for m in range(n_minibatches):
         begin, end = (len(groups) * m // n_minibatches, len(groups) * (m + 1) // n_minibatches)
         samples: list[Trajectory] = []
@@ -38,8 +41,9 @@ def make_train_batch(
             _check_group(group, group_advantages)
             samples += group.trajectories
             sample_advantages += group_advantages
-        minibatches.append(_make_minibatch(samples, sample_advantages, max_tokens_per_mb, world_size))
-    return TrainBatch(minibatches, n_groups=len(groups), n_samples=sum(len(group.trajectories) for group in groups))
+        minibatches.append(_make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size))
+        n_packed += len(samples)
+    return TrainBatch(minibatches, n_groups=len(groups), n_samples=n_packed)
 
 
 def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> None:
@@ -48,9 +52,15 @@ def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> Non
         raise ValueError(f"group {group.group_id}: advantages have the shapes {[a.shape for a in advantages]}, its samples {shapes}")
 
 
-def _make_minibatch(samples: list[Trajectory], advantages: list[NDArray[np.float32]], capacity: int, world_size: int) -> Minibatch:
+def _make_minibatch(
+    samples: list[Trajectory], advantages: list[NDArray[np.float32]], first: int, capacity: int, world_size: int
+) -> Minibatch:
+    """``first``: the place in the batch of the first sample."""
     plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size)
     ranks = [[pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
+    for microbatches, turns in zip(ranks, plan, strict=True):
+        for microbatch, members in zip(microbatches, turns, strict=True):
+            microbatch.members = [first + i for i in members]
     return Minibatch(ranks, denominator=float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples))))
 
 
@@ -82,3 +92,28 @@ def _fill_up() -> Microbatch:
         versions=np.full(1, -1, np.int32),
         advantages=np.zeros(1, np.float32),
     )
+
+
+PerMicrobatch = Sequence[Sequence[Sequence[NDArray[np.float32]]]]
+"""``[m][r][k]``: float32 [T] of micro-batch k of rank r of mini-batch m."""
+
+
+def collect(minibatches: Sequence[Minibatch], per_microbatch: PerMicrobatch) -> list[NDArray[np.float32]]:
+    """What was computed for packed tokens, float32 [L] for each sample of the batch, in its order."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for minibatch, ranks in zip(minibatches, per_microbatch, strict=True):
+        for microbatches, arrays in zip(minibatch.ranks, ranks, strict=True):
+            for microbatch, array in zip(microbatches, arrays, strict=True):
+                parts = np.split(array, microbatch.cu_seqlens[1:-1]) if microbatch.members else []
+                found.update(zip(microbatch.members, parts, strict=True))
+    return [found[place] for place in range(len(found))]
+
+
+def fill(minibatches: Sequence[Minibatch], field: str, per_sample: Sequence[NDArray[np.float32]]) -> None:
+    """Sets ``field`` of every micro-batch, from float32 [L] for each sample of the batch."""
+    for microbatch in (mb for minibatch in minibatches for rank in minibatch.ranks for mb in rank):
+        parts = [per_sample[place] for place in microbatch.members] or [np.zeros(microbatch.n_tokens, np.float32)]
+        packed = np.concatenate(parts).astype(np.float32, copy=False)
+        if packed.shape != (microbatch.n_tokens,):
+            raise ValueError(f"{field}: {len(packed)} tokens for a micro-batch of {microbatch.n_tokens}")
+        setattr(microbatch, field, packed)

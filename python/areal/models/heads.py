@@ -15,6 +15,7 @@ from areal.models.attention import AttentionContext, PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
 from areal.models.ulysses import ContextPart, UlyssesContext
+from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
 from areal.ops.ppo_loss import ppo_loss
@@ -119,6 +120,7 @@ def packed_ppo_loss(
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
     part: ContextPart | None = None,
+    values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
     """``ppo_loss`` of the loss tokens ``rows`` of packed sequences, with its token-level ``options``; log-probs and entropies are [T].
@@ -126,6 +128,7 @@ def packed_ppo_loss(
     A head that is a plain product makes its gradients in the forward pass (``linear_ppo_loss``), so call ``backward`` on the loss at most
     once with each forward pass. With ``part`` everything returned is that of all context ranks, but for the loss: it is that of this rank's
     rows, so that losses and gradients are sums over all ranks.
+    With ``values`` the loss has that of the model's value head added, and its sums are among the statistics.
     """
     if part is not None:
         rows = part.rows
@@ -154,11 +157,32 @@ def packed_ppo_loss(
             proximal = logprobs.detach()
         loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
+    if values is not None:
+        value_loss, sums = value_terms(model, hidden, rows, values)
+        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
     zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
     result = result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
     if part is None:
         return result
     return LinearPPOLoss(result.loss, part.whole_sums(result.stats), part.whole(result.logprobs), part.whole(result.entropy))
+
+
+def packed_values(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    *,
+    rows: Tensor,
+    shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
+) -> Tensor:
+    """What the states before the tokens ``rows`` are worth, by the model's value head: float32 [T], 0 elsewhere."""
+    if part is not None:
+        rows = part.rows
+    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part))
+    values = torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    return values if part is None else part.whole(values)
 
 
 def _hidden_before(

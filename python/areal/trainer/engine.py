@@ -7,7 +7,7 @@ The policy's ``version`` is the one last published: a train step works on it, th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from areal.algo.loss import sft_loss
-from areal.config import ActorConfig, OptimizerConfig
+from areal.config import ActorConfig, CriticConfig, OptimizerConfig, RefConfig
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.value_head import policy_parameters
+from areal.trainer.critic import Critic, ValueMinibatch, value_inputs
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
@@ -49,6 +51,9 @@ class TrainEngine:
         config: the actor's configuration.
         temperature: that of the rollouts; log-probs are of softmax(logits / temperature).
         mesh: which rank this is, and where it computes; None = one on the CPU.
+        critic: a value model, of its own or on the actor's layers.
+        ref: a frozen reference model.
+        warms_up: the actor is trained before the reference is taken (``start_from_actor``).
     """
 
     def __init__(
@@ -58,22 +63,50 @@ class TrainEngine:
         *,
         temperature: float = 1.0,
         mesh: RankMesh | None = None,
+        critic: CriticConfig | None = None,
+        ref: RefConfig | None = None,
+        warms_up: bool = False,
     ) -> None:
         self.config = config
         self.model_dir = Path(model_dir)
         self.mesh = mesh or RankMesh(torch.device("cpu"))
         self.version = 0
         self._temperature = temperature
+        dtype = getattr(torch, config.dtype)
+        self.shared_critic = critic if critic is not None and critic.shared else None
         self.actor = RankModel(
             model_dir,
             self.mesh,
-            getattr(torch, config.dtype),
+            dtype,
             gradient_checkpointing=config.gradient_checkpointing,
             offload=config.offload,
+            head="both" if self.shared_critic else "logprobs",
         )
+        self.critic: Critic | None = None
+        if critic is not None and not critic.shared:
+            self.critic = Critic(critic.path or model_dir, critic, self.mesh, dtype)
+        self.reference: RankModel | None = None
+        if ref is not None:
+            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, offload=ref.offload, frozen=True)
+        self._keeps_ref = ref is not None and not ref.path and warms_up
+        self._made_from_actor = [
+            model
+            for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
+            if model is not None and section is not None and not section.path
+        ]
         self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, device=self.device)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
+
+    @property
+    def models(self) -> dict[str, RankModel]:
+        """What a checkpoint of the whole run holds, by name: those that are trained, and a reference that a warm-up made."""
+        models = {"actor": self.actor}
+        if self.critic is not None:
+            models["critic"] = self.critic.model
+        if self.reference is not None and self._keeps_ref:
+            models["ref"] = self.reference
+        return models
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +128,31 @@ class TrainEngine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, minibatches: Sequence[RankMinibatch]) -> dict[str, Any]:
+    def score(self, minibatches: Sequence[Sequence[Microbatch]], critic: Sequence[Sequence[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        """What the models say of a batch before a train step: those of ref_logprobs, values and logprobs (if wanted) that this run has.
+
+        Each is float32 [T] on the CPU for every micro-batch of every mini-batch, looked at in the loss tokens only; values are those of
+        the micro-batches of ``critic`` where the critic has layers of its own. Also this rank's spans, as those of ``train_step``.
+        """
+        begin = time.time()
+
+        def of_each(cut: Sequence[Sequence[Microbatch]], compute: Callable[[list[Inputs]], list[Tensor]]) -> list[list[Any]]:
+            found = [zip(mbs, compute([self._put(mb) for mb in mbs]), strict=True) for mbs in cut]
+            return [[t[: mb.n_tokens].cpu().numpy() for mb, t in pairs] for pairs in found]
+
+        result: dict[str, Any] = {}
+        if self.reference is not None:
+            reference = self.reference
+            result["ref_logprobs"] = of_each(minibatches, lambda inputs: reference.frozen_logprobs(inputs, self._temperature))
+        if self.critic is not None:
+            result["values"] = of_each(critic, self.critic.model.frozen_values)
+        elif self.shared_critic is not None:
+            result["values"] = of_each(minibatches, self.actor.frozen_values)
+        if logprobs:
+            result["logprobs"] = of_each(minibatches, lambda inputs: self.actor.frozen_logprobs(inputs, self._temperature))
+        return {**result, "spans": [["scoring", begin, time.time()]]}
+
+    def train_step(self, minibatches: Sequence[RankMinibatch], critic: Sequence[RankMinibatch] = ()) -> dict[str, Any]:
         """One PPO step: an optimizer step for each mini-batch, in order.
 
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
@@ -104,7 +161,8 @@ class TrainEngine:
         ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version,
         logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens), and
         this rank's spans [[kind, start, end]] in seconds
-        since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
+        since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also value_loss and
+        value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
         stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
@@ -122,11 +180,29 @@ class TrainEngine:
                     known = None
                 else:
                     known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
-                ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats)
+                values = value_inputs(x, self.shared_critic, minibatch.denominator)
+                ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats, values)
             self._optimizer_step(lr_scale, stats)
         stats.span("training", recomputed, time.time())
         self._train_steps += 1
-        return self._finish(stats, lr_scale, len(minibatches))
+        result = self._finish(stats, lr_scale, len(minibatches))
+        return result if self.critic is None else {**result, **self._train_critic(self.critic, critic, result["spans"])}
+
+    def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], spans: list[Any]) -> dict[str, Any]:
+        begin = time.time()
+        stats = critic.train_step([ValueMinibatch([self._put(mb) for mb in m.microbatches], m.denominator) for m in minibatches])
+        spans.append(["training", begin, time.time()])
+        if critic.nonfinite_in_a_row > self.config.max_nonfinite_steps:
+            raise NonFiniteGradients(
+                f"{critic.nonfinite_in_a_row} optimizer steps of the critic in a row had gradients that are not finite "
+                f"(actor.max_nonfinite_steps={self.config.max_nonfinite_steps}); lower critic.optimizer.lr, or look at the rewards"
+            )
+        return stats
+
+    def start_from_actor(self) -> None:
+        """Reference and critic that have no path of their own take the actor's weights as they are now, after a warm-up."""
+        for model in self._made_from_actor:
+            model.copy_weights(self.actor)
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
@@ -168,7 +244,7 @@ class TrainEngine:
 
     def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every tensor of ``weights``."""
-        return [(name, tuple(p.shape), self.actor.dtype) for name, p in self.model.named_parameters()]
+        return [(name, tuple(p.shape), self.actor.dtype) for name, p in policy_parameters(self.model).items()]
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
@@ -176,12 +252,12 @@ class TrainEngine:
         self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names, self.device)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """All parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
+        """The policy's parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
 
         The tensors may share memory with the parameters: read them before the next step.
         """
         result = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in policy_parameters(self.model).items():
             tensor = full_tensor(parameter)
             if self.mesh.rank == 0:
                 result[name] = tensor.to(self.actor.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.value_head import policy_parameters
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
 from areal.weight_sync.stream import BucketPlan, plan_buckets
@@ -35,7 +36,7 @@ class WeightGatherer:
     ) -> None:
         """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here. ``device``: from
         where they go, if the parameters are elsewhere (offloaded)."""
-        self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+        self._parameters: Mapping[str, Tensor] = policy_parameters(model)
         self._dtype = dtype
         self._rank = rank
         self._n_shards = world_size

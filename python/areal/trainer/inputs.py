@@ -33,6 +33,9 @@ class Inputs:
     """Loss tokens that the current version sampled."""
     part: ContextPart | None = None
     """What this rank computes, if it shares the micro-batch with others."""
+    values: Tensor | None = None
+    """Where a critic is trained: what it said before the train step, and what it should have said."""
+    returns: Tensor | None = None
 
 
 def to_device(mb: Microbatch, device: torch.device, version: int, mesh: RankMesh | None = None) -> Inputs:
@@ -60,6 +63,8 @@ def to_device(mb: Microbatch, device: torch.device, version: int, mesh: RankMesh
         advantages=put(mb.advantages),
         fresh=put(mb.loss_mask & (mb.versions == version)),
         part=None if mesh is None else _part(mesh, mb.n_tokens, rows, shared),
+        values=None if mb.values is None else put(mb.values),
+        returns=None if mb.returns is None else put(mb.returns),
     )
 
 
@@ -75,7 +80,7 @@ def _part(mesh: RankMesh, n_tokens: int, rows: Tensor, shared: SharedTokens | No
 
 def _with_another(mb: Microbatch, n: int) -> Microbatch:
     """``mb`` and a sequence of ``n`` tokens that nothing is learned from."""
-    packed = {f.name: array for f in fields(mb) if (array := getattr(mb, f.name)) is not None and len(array) == mb.n_tokens}
+    packed = {f.name: array for f in fields(mb) if isinstance(array := getattr(mb, f.name), np.ndarray) and len(array) == mb.n_tokens}
     longer = {name: np.concatenate([array, np.zeros(n, array.dtype)]) for name, array in packed.items() if name != "cu_seqlens"}
     longer["position_ids"][-n:] = np.arange(n)
     return replace(mb, **longer, cu_seqlens=np.append(mb.cu_seqlens, np.int32(mb.n_tokens + n)))

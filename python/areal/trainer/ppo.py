@@ -6,15 +6,23 @@ from torch import Tensor
 
 from areal.config import ActorConfig
 from areal.models.heads import PPOInputs
+from areal.models.value_head import ValueInputs
 from areal.trainer.inputs import Inputs
 from areal.trainer.model import RankModel
 from areal.trainer.step_stats import StepStats
 
 
 def ppo_backward(
-    actor: RankModel, config: ActorConfig, x: Inputs, proximal: Tensor | None, denominator: float, temperature: float, stats: StepStats
+    actor: RankModel,
+    config: ActorConfig,
+    x: Inputs,
+    proximal: Tensor | None,
+    denominator: float,
+    temperature: float,
+    stats: StepStats,
+    values: ValueInputs | None = None,
 ) -> None:
-    """Adds to the gradients; ``proximal`` None: the current policy still is the proximal one."""
+    """Adds to the gradients; ``proximal`` None: the current policy still is the proximal one. ``values``: of a critic on the actor's layers."""
     result = actor.model.packed_ppo_loss(
         x.input_ids,
         x.position_ids,
@@ -31,6 +39,7 @@ def ppo_backward(
         behav_imp_weight_cap=config.behav_imp_weight_cap,
         behav_filter_cap=config.behav_filter_cap,
         decoupled=config.use_decoupled_loss,
+        values=values,
     )
     result.loss.backward()
     if proximal is None:

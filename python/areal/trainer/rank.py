@@ -46,9 +46,10 @@ class Rank:
         device = _device(actor.device, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if world_size > 1 or actor.dtype != "float32" or actor.offload:
+        offload = any(section is not None and section.offload for section in (actor, config.ref, config.critic))
+        if world_size > 1 or actor.dtype != "float32" or offload:
             torch.distributed.init_process_group(
-                ("cpu:gloo,cuda:nccl" if actor.offload else "nccl") if device.type == "cuda" else "gloo",
+                ("cpu:gloo,cuda:nccl" if offload else "nccl") if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=world_size,
@@ -56,7 +57,13 @@ class Rank:
             )
             torch.distributed.barrier()  # NCCL: what some ranks send each other later needs a communicator that all of them made
         self._engine = TrainEngine(
-            model_folder, actor, temperature=config.gconfig.temperature, mesh=RankMesh(device, rank, config.trainer_layout)
+            model_folder,
+            actor,
+            temperature=config.gconfig.temperature,
+            mesh=RankMesh(device, rank, config.trainer_layout),
+            critic=config.critic,
+            ref=config.ref if config.uses_ref else None,
+            warms_up=config.warmup is not None,
         )
         self._is_first = rank == 0
         self._config = config
@@ -74,10 +81,18 @@ class Rank:
         n = sum(p.numel() for p in self._engine.model.parameters())
         log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+    def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        return self._engine.score(minibatches, critic, logprobs)
+
+    def rpc_start_from_actor(self) -> None:
+        self._engine.start_from_actor()
+
+    def rpc_train_step(
+        self, minibatches: list[tuple[list[Microbatch], float]], critic: list[tuple[list[Microbatch], float]]
+    ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ _MEANS = {
     "kl_proximal": "kl_proximal",
     "kl_behaviour": "kl_behaviour",
     "entropy": "entropy",
+    "value_loss": "value_loss",
+    "value_clip_fraction": "value_clipped",
 }
 
 
