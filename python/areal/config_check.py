@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
-from areal.config_check_trainer import check_adapters, check_critic_and_reference, check_peft, check_same_vocabulary
+from areal.config_check_trainer import (
+    check_adapters,
+    check_critic_and_reference,
+    check_heads,
+    check_offload,
+    check_overlong,
+    check_peft,
+    check_same_vocabulary,
+)
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
@@ -28,7 +36,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     _check_loss(config)
-    _check_overlong(config)
+    check_overlong(config)
     _check_times(config)
     check_adapters(config)
     check_critic_and_reference(config, longest_sequence(config.train_dataset, config.gconfig))
@@ -158,6 +166,7 @@ def _check_context(config: GRPOConfig, longest: int, what: str) -> None:
 def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
     if not isinstance(model.get("model_type"), str):
         raise ConfigError(f"{where} has no model_type", "name a Hugging Face architecture, e.g. model_type: qwen2")
+    check_heads(config, model, where)
     limit = model.get("max_position_embeddings")
     needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
     if config.evaluator.gconfig is not None:
@@ -199,22 +208,6 @@ def _check_loss(config: GRPOConfig) -> None:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
-def _check_overlong(config: GRPOConfig) -> None:
-    actor, longest = config.actor, config.gconfig.max_new_tokens
-    if not actor.overlong_reward_penalty:
-        if actor.overlong_tokens:
-            raise ConfigError(
-                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
-            )
-        return
-    if not 0 < actor.overlong_tokens <= longest:
-        raise ConfigError(
-            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
-            f"and actor.overlong_tokens={actor.overlong_tokens}",
-            f"set actor.overlong_tokens={max(1, longest // 5)}",
-        )
-
-
 def _check_times(config: GRPOConfig) -> None:
     rollout = config.rollout
     if rollout.batch_timeout < rollout.episode_timeout:
@@ -241,6 +234,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
+    check_offload(config)
     check_peft(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)

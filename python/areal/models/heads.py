@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from areal.models.attention import PackedContext
+from areal.models.attention import AttentionContext, PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
+from areal.models.ulysses import ContextPart, UlyssesContext
 from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
@@ -81,24 +82,29 @@ def packed_logprobs(
     rows: Tensor | None = None,
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of packed sequences, float32 [T] each, in nats, of softmax(logits / temperature).
 
     ``logprobs[t]`` is that of token t given those before it in its sequence, ``entropy[t]`` (without gradient) that of the distribution
     it came from; both are 0 where a sequence starts. ``rows`` (int64 indices into T) restricts the head to these tokens, the others are
     0. Logits of a chunk of tokens exist at a time, ``memory_budget`` bytes of them, in backward too, where they are computed again.
-    ``shared`` says which tokens are the same in several sequences (see ``prefix``); the result does not depend on it.
+    ``shared`` says which tokens are the same in several sequences (see ``prefix``), ``part`` which of them this rank computes (see
+    ``ulysses``; ``rows`` are needed then); the result depends on neither.
 
     Shapes: ids and positions int64 [T]; ``lengths`` sum to T.
     """
-    if rows is None:
+    if part is not None:
+        rows = part.rows
+    elif rows is None:
         starts = torch.zeros(len(input_ids), dtype=torch.bool)
         starts[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
         rows = (~starts).nonzero().squeeze(1).to(input_ids.device)
-    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
     logprobs, entropy = _score(head_of(model), hidden, input_ids.index_select(0, rows), temperature, memory_budget)
     zeros = torch.zeros(len(input_ids), dtype=logprobs.dtype, device=hidden.device)
-    return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
+    logprobs, entropy = zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
+    return (logprobs, entropy) if part is None else (part.whole(logprobs), part.whole(entropy))
 
 
 def packed_ppo_loss(
@@ -113,15 +119,20 @@ def packed_ppo_loss(
     denominator: float,
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
     values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
     """``ppo_loss`` of the loss tokens ``rows`` of packed sequences, with its token-level ``options``; log-probs and entropies are [T].
 
     A head that is a plain product makes its gradients in the forward pass (``linear_ppo_loss``), so call ``backward`` on the loss at most
-    once with each forward pass. With ``values`` the loss has that of the model's value head added, and its sums are among the statistics.
+    once with each forward pass. With ``part`` everything returned is that of all context ranks, but for the loss: it is that of this rank's
+    rows, so that losses and gradients are sums over all ranks.
+    With ``values`` the loss has that of the model's value head added, and its sums are among the statistics.
     """
-    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
+    if part is not None:
+        rows = part.rows
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
     head, targets = head_of(model), input_ids.index_select(0, rows)
     proximal, behavior, advantages = (None if x is None else x.index_select(0, rows) for x in inputs)
     assert behavior is not None and advantages is not None
@@ -147,10 +158,13 @@ def packed_ppo_loss(
         loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
-        value_loss, sums = value_terms(model, hidden, rows, values, denominator)
+        value_loss, sums = value_terms(model, hidden, rows, values)
         result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
     zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
-    return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+    result = result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+    if part is None:
+        return result
+    return LinearPPOLoss(result.loss, part.whole_sums(result.stats), part.whole(result.logprobs), part.whole(result.entropy))
 
 
 def packed_values(
@@ -161,25 +175,38 @@ def packed_values(
     *,
     rows: Tensor,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
 ) -> Tensor:
     """What the states before the tokens ``rows`` are worth, by the model's value head: float32 [T], 0 elsewhere."""
-    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared))
-    return torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    if part is not None:
+        rows = part.rows
+    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part))
+    values = torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    return values if part is None else part.whole(values)
 
 
 def _hidden_before(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int], rows: Tensor, shared: SharedTokens | None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    rows: Tensor,
+    shared: SharedTokens | None,
+    part: ContextPart | None = None,
 ) -> Tensor:
     """The hidden states [len(rows), hidden] from which the tokens ``rows`` are predicted.
 
     Without rows too they are connected to every parameter of the body, with a gradient of 0: sharded ranks reduce the same gradients
     whatever their tokens are.
     """
-    context = PackedContext(lengths, shared)
-    if shared is None:
-        return forward_hidden(model, input_ids, position_ids, context).index_select(0, rows - 1)
-    hidden = forward_hidden(model, input_ids[shared.computed], position_ids[shared.computed], context)
-    return hidden.index_select(0, shared.token_of[rows - 1])
+    context: AttentionContext = PackedContext(lengths, shared)
+    before = rows - 1
+    if shared is not None:
+        input_ids, position_ids, before = input_ids[shared.computed], position_ids[shared.computed], shared.token_of[before]
+    if part is not None:
+        context = UlyssesContext(context, part)
+        input_ids, position_ids, before = input_ids[part.begin : part.end], position_ids[part.begin : part.end], before - part.begin
+    return forward_hidden(model, input_ids, position_ids, context).index_select(0, before)
 
 
 def _score(head: Head, hidden: Tensor, targets: Tensor, temperature: float, memory_budget: int | None) -> tuple[Tensor, Tensor]:

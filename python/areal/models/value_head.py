@@ -18,8 +18,11 @@ class ValueInputs(NamedTuple):
     old_values: Tensor
     """Those before the train step, around which values are clipped."""
     returns: Tensor
+    denominator: float
+    """Loss tokens of the whole mini-batch over all ranks."""
     eps_clip: float | None
-    coef: float = 1.0
+    coef: float
+    """The loss times this is added to the policy's."""
 
 
 def add_value_head(model: PreTrainedModel, *, keep_lm_head: bool) -> None:
@@ -31,7 +34,6 @@ def add_value_head(model: PreTrainedModel, *, keep_lm_head: bool) -> None:
     nn.init.zeros_(model.value_head.weight)
     nn.init.zeros_(model.value_head.bias)
     if not keep_lm_head:
-        model.config.tie_word_embeddings = False  # nothing is left to tie
         model.set_output_embeddings(nn.Identity())
 
 
@@ -40,12 +42,10 @@ def values_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.value_head(hidden.float()).squeeze(-1)
 
 
-def value_terms(
-    model: PreTrainedModel, hidden: Tensor, rows: Tensor, inputs: ValueInputs, denominator: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def value_terms(model: PreTrainedModel, hidden: Tensor, rows: Tensor, inputs: ValueInputs) -> tuple[Tensor, dict[str, Tensor]]:
     """``value_loss`` of the loss tokens ``rows``, whose states are ``hidden`` [len(rows), hidden], times ``inputs.coef``; its sums."""
     old, returns = inputs.old_values.index_select(0, rows), inputs.returns.index_select(0, rows)
-    loss, sums = value_loss(values_of(model, hidden), old, returns, eps_clip=inputs.eps_clip, denominator=denominator)
+    loss, sums = value_loss(values_of(model, hidden), old, returns, eps_clip=inputs.eps_clip, denominator=inputs.denominator)
     return inputs.coef * loss, sums
 
 

@@ -27,6 +27,7 @@ from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.model import RankModel
 from areal.trainer.ppo import ppo_backward
+from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
@@ -87,6 +88,7 @@ class TrainEngine:
             head="both" if self.shared_critic else "logprobs",
             lora=config.lora,
             seed=seed,
+            offload=config.offload,
         )
         self.critic: Critic | None = None
         if critic is not None and not critic.shared:
@@ -94,7 +96,8 @@ class TrainEngine:
         self.reference: RankModel | None = None
         self._base_is_reference = ref is not None and not ref.path and config.lora is not None and not warms_up
         if ref is not None and not self._base_is_reference:
-            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
+            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, offload=ref.offload, frozen=True)
+        self._keeps_ref = ref is not None and not ref.path and warms_up
         self._made_from_actor = [
             model
             for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
@@ -106,8 +109,13 @@ class TrainEngine:
 
     @property
     def models(self) -> dict[str, RankModel]:
-        """Those that are trained, by name: what a checkpoint of the whole run holds."""
-        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic.model})
+        """What a checkpoint of the whole run holds, by name: those that are trained, and a reference that a warm-up made."""
+        models = {"actor": self.actor}
+        if self.critic is not None:
+            models["critic"] = self.critic.model
+        if self.reference is not None and self._keeps_ref:
+            models["ref"] = self.reference
+        return models
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +146,8 @@ class TrainEngine:
         begin = time.time()
 
         def of_each(cut: Sequence[Sequence[Microbatch]], compute: Callable[[list[Inputs]], list[Tensor]]) -> list[list[Any]]:
-            return [[t.cpu().numpy() for t in compute([self._put(mb) for mb in microbatches])] for microbatches in cut]
+            found = [zip(mbs, compute([self._put(mb) for mb in mbs]), strict=True) for mbs in cut]
+            return [[t[: mb.n_tokens].cpu().numpy() for mb, t in pairs] for pairs in found]
 
         result: dict[str, Any] = {}
         if self.reference is not None or self._base_is_reference:
@@ -163,7 +172,7 @@ class TrainEngine:
         since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also value_loss and
         value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
@@ -179,7 +188,7 @@ class TrainEngine:
                     known = None
                 else:
                     known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
-                values = value_inputs(x, self.shared_critic)
+                values = value_inputs(x, self.shared_critic, minibatch.denominator)
                 ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats, values)
             self._optimizer_step(lr_scale, stats)
         stats.span("training", recomputed, time.time())
@@ -205,7 +214,7 @@ class TrainEngine:
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         for microbatch in minibatch.microbatches:
             x = self._put(microbatch)
@@ -248,10 +257,10 @@ class TrainEngine:
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
-        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0].cpu()
+        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0][: microbatch.n_tokens].cpu()
 
     def _put(self, microbatch: Microbatch) -> Inputs:
-        return to_device(microbatch, self.device, self.version)
+        return to_device(microbatch, self.device, self.version, self.mesh)
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
         step = self.actor.optimizer_step(lr_scale)
@@ -271,7 +280,7 @@ class TrainEngine:
     def _gatherer(self, names: CheckpointNames | None = None) -> WeightGatherer:
         """Of the policy's weights as a model without adapters has them."""
         actor, mesh = self.actor, self.mesh
-        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters)
+        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters, self.device)
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
@@ -284,10 +293,11 @@ class TrainEngine:
         engine tells its own (on rank 0).
         """
         assert self.actor.adapters is not None
-        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        rank, world_size = self.mesh.rank, self.mesh.world_size
+        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, rank, world_size, device=self.device)
         device = self.device if self.mesh.rank == 0 else None
         base = sum(hash_tensors(whole.gather, whole.bucket_plan(bucket_bytes), device).values()) & (2**64 - 1)
-        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, self.mesh.rank, self.mesh.world_size)
+        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, rank, world_size, device=self.device)
         return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
     def weights(self) -> dict[str, Tensor] | None:
@@ -312,6 +322,9 @@ class TrainEngine:
         return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of ``weights`` on the CPU; a collective, None on ranks other than 0."""
+        """Copies on the CPU of all that a checkpoint holds: parameters, and buffers that are not trained; a collective, None on ranks other
+        than 0."""
         weights = self.weights()
-        return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}
+        if weights is None:
+            return None
+        return {name: w.detach().to("cpu", copy=True) for name, w in (weights | persistent_buffers(self.model)).items()}

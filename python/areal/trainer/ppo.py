@@ -32,6 +32,7 @@ def ppo_backward(
         rows=x.rows,
         denominator=denominator,
         shared=x.shared,
+        part=x.part,
         eps_clip=config.eps_clip,
         eps_clip_higher=config.eps_clip_higher,
         c_clip=config.c_clip,

@@ -49,14 +49,16 @@ class Rank:
         device = _device(actor.device, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if world_size > 1 or actor.dtype != "float32":
+        offload = any(section is not None and section.offload for section in (actor, config.ref, config.critic))
+        if world_size > 1 or actor.dtype != "float32" or offload:
             torch.distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                ("cpu:gloo,cuda:nccl" if offload else "nccl") if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=world_size,
                 timeout=timedelta(seconds=actor.step_timeout),
             )
+            torch.distributed.barrier()  # NCCL: what some ranks send each other later needs a communicator that all of them made
         self._engine = TrainEngine(
             model_folder,
             actor,

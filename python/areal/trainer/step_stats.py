@@ -35,7 +35,9 @@ _PAIR_MEANS = {
 
 
 class StepStats:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, counts: bool = True) -> None:
+        """``counts``: whether sums are added here, not on another rank that has the same ones."""
+        self._counts = counts
         self._device = device
         self._sums: dict[str, Tensor] = {}
         self._drift_max = torch.zeros((), device=device)
@@ -51,10 +53,13 @@ class StepStats:
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         for name, value in sums.items():
+            value = value if self._counts else torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def add_drift(self, trainer: Tensor, engine: Tensor, fresh: Tensor) -> None:
         """Log-probs [T] of the same tokens under the same version, by trainer and by rollout engine; ``fresh`` marks those tokens."""
+        if not self._counts:
+            return
         difference = (trainer - engine).abs().masked_fill(~fresh, 0.0)
         self._drift_max = torch.maximum(self._drift_max, difference.max())
         self._drift_sum = self._drift_sum + difference.sum()
