@@ -110,7 +110,9 @@ def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
 
 
 def check_adapters(config: GRPOConfig) -> None:
-    """Keys of actor.lora."""
+    """Keys of actor.lora, and a recipe that is not for reinforcement learning."""
+    if config.dpo is not None:
+        raise ConfigError("dpo is the recipe of another command", "run `areal dpo CONFIG`, or remove dpo")
     lora = config.actor.lora
     if lora is None:
         return
