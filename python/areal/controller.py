@@ -204,6 +204,8 @@ class PPOTrainer:
             n_minibatches=actor.ppo_n_minibatches,
             max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
             world_size=self._cluster.trainer.n_data_ranks,
+            loss_normalization=actor.loss_normalization,
+            max_new_tokens=self.config.gconfig.max_new_tokens,
         )
 
     def _side_work(self, tasks: asyncio.TaskGroup, step: int) -> None:

@@ -115,6 +115,7 @@ class Microbatch:
     logprobs: NDArray[np.float32]  # behaviour
     versions: NDArray[np.int32]
     advantages: NDArray[np.float32]
+    ref_logprobs: NDArray[np.float32] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -139,3 +140,5 @@ class Minibatch:
     ranks: list[list[Microbatch]]
     denominator: float
     """Loss tokens of the whole mini-batch over all ranks: the loss is sum / denominator."""
+    policy_denominator: float | None = None
+    """That of the policy's loss, by ``actor.loss_normalization``; None: ``denominator``."""

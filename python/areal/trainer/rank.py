@@ -73,7 +73,7 @@ class Rank:
         n = sum(p.numel() for p in self._engine.model.parameters())
         log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float, float | None]]) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
         stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])

@@ -93,9 +93,8 @@ class TrainerHandle:
         """One PPO step; the statistics of ``TrainEngine.train_step``."""
 
         def part(rank: int) -> dict[str, Any]:
-            return {
-                "minibatches": [(minibatch.ranks[rank // self.layout.context], minibatch.denominator) for minibatch in batch.minibatches]
-            }
+            index = rank // self.layout.context
+            return {"minibatches": [(m.ranks[index], m.denominator, m.policy_denominator) for m in batch.minibatches]}
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
 
