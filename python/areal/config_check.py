@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
+from areal.config_check_trainer import check_objective
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
@@ -26,7 +27,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_batch(config, n_data_ranks)
     _check_lengths(config)
     _check_sampling(config)
-    _check_loss(config)
+    check_objective(config)
     _check_overlong(config)
     _check_times(config)
     if config.deterministic:
@@ -183,17 +184,6 @@ def _check_sampling(config: GRPOConfig) -> None:
             f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
             "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
         )
-
-
-def _check_loss(config: GRPOConfig) -> None:
-    actor = config.actor
-    if actor.behav_imp_weight_cap is not None and not actor.use_decoupled_loss:
-        raise ConfigError(
-            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has",
-            "set actor.use_decoupled_loss=true, or remove the cap",
-        )
-    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
-        raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
 def _check_overlong(config: GRPOConfig) -> None:
