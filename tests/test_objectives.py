@@ -15,7 +15,8 @@ from test_trainer_engine import RecordingEngine, relative_difference
 from trainer_setup import make_config, make_groups, save_small_model
 from transformers import AutoModelForCausalLM
 
-from areal.algo.loss import kl_estimate, loglinear_share
+from areal.algo.loss import kl_penalty, loglinear_share
+from areal.algo.returns import kl_estimate
 from areal.metrics import train_row
 from areal.models import heads
 from areal.ops import linear_ppo_loss
@@ -239,7 +240,7 @@ def test_loglinear_share() -> None:
     assert loglinear_share(age, 1.0).tolist() == pytest.approx([0, 1 / 2, 3 / 4])
 
 
-def test_kl_estimates_over_a_whole_distribution() -> None:
+def test_kl_penaltys_over_a_whole_distribution() -> None:
     """Values and gradients summed over all tokens with their probabilities: exactly KL and its gradient, for k3 that of the other KL."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(12, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -248,19 +249,22 @@ def test_kl_estimates_over_a_whole_distribution() -> None:
     p = log_p.detach().exp()
     kl = (log_p.exp() * (log_p - ref)).sum()
     other = (ref.exp() * (ref - log_p)).sum()
-    gradients = {"kl": kl, "other": other} | {k: (p * kl_estimate(log_p, ref, k)).sum() for k in ("k1", "k2", "k3")}
+    gradients = {"kl": kl, "other": other} | {k: (p * kl_penalty(log_p, ref, k)).sum() for k in ("k1", "k2", "k3")}
     gradients = {name: torch.autograd.grad(value, logits, retain_graph=True)[0] for name, value in gradients.items()}
     torch.testing.assert_close(gradients["k1"], gradients["kl"])
     torch.testing.assert_close(gradients["k2"], gradients["kl"])
     torch.testing.assert_close(gradients["k3"], gradients["other"])
+    for estimator in ("k1", "k2", "k3"):
+        of_rewards = kl_estimate(log_p.detach().numpy(), ref.numpy(), estimator)
+        np.testing.assert_allclose(kl_penalty(log_p, ref, estimator).detach().numpy(), of_rewards, rtol=1e-12)
     for estimator in ("k1", "k3"):
-        assert float((p * kl_estimate(log_p.detach(), ref, estimator)).sum()) == pytest.approx(float(kl.detach()))
+        assert float((p * kl_penalty(log_p.detach(), ref, estimator)).sum()) == pytest.approx(float(kl.detach()))
 
 
-def test_kl_estimates_stay_finite() -> None:
+def test_kl_penaltys_stay_finite() -> None:
     logprobs = torch.tensor([-0.1, -300.0, -1.0], requires_grad=True)
     for estimator in ("k1", "k2", "k3"):
-        estimates = kl_estimate(logprobs, torch.tensor([-300.0, -0.1, -1.0]), estimator)
+        estimates = kl_penalty(logprobs, torch.tensor([-300.0, -0.1, -1.0]), estimator)
         (gradient,) = torch.autograd.grad(estimates.sum(), logprobs)
         assert estimates.isfinite().all() and gradient.tolist() == [0, 0, 0] and estimates[2] == 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
-from areal.config_check_trainer import check_objective
+from areal.config_check_trainer import check_critic_and_reference, check_objective
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
@@ -30,6 +30,7 @@ def check_config(config: GRPOConfig) -> None:
     check_objective(config)
     _check_overlong(config)
     _check_times(config)
+    check_critic_and_reference(config, longest_sequence(config.train_dataset, config.gconfig))
     if config.deterministic:
         _check_deterministic(config)
     _check_names(config)
@@ -234,8 +235,10 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
         _check_transport(config)
     _check_reward(config)
     _check_named(config)
-    if config.actor.path:
-        check_model_dir("actor.path", config.actor.path, config)
+    paths = {"actor.path": config.actor.path, "ref.path": config.ref.path, "critic.path": config.critic.path if config.critic else ""}
+    for key, path in paths.items():
+        if path:
+            check_model_dir(key, path, config)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
         if dataset is not None and dataset.type == "jsonl" and key not in given and not Path(dataset.path).expanduser().is_file():
             raise ConfigError(

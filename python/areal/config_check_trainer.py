@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from areal.config import ActorConfig, ConfigError, GRPOConfig
+from areal.config import ActorConfig, ConfigError, CriticConfig, GRPOConfig, RefConfig
+from areal.config_trainer import TrainEngineConfig
 
 
 def check_objective(config: GRPOConfig) -> None:
@@ -53,3 +54,79 @@ def _check_weights(actor: ActorConfig) -> None:
             raise ConfigError(f"actor.{key} {why}", f"set actor.behav_imp_weight_cap=2, or remove actor.{key.partition('=')[0]}")
     if actor.behav_filter_level == "sequence" and actor.behav_filter_cap is None:
         raise ConfigError("actor.behav_filter_level=sequence has no effect", "set actor.behav_filter_cap=2, or remove it")
+
+
+def check_critic_and_reference(config: GRPOConfig, longest: int) -> None:
+    """``longest``: tokens of the longest sequence. ``ConfigError``."""
+    _check_kl(config)
+    if config.critic is None:
+        if config.actor.gae_lambda != 1:
+            raise ConfigError(
+                f"actor.gae_lambda={config.actor.gae_lambda:g} has no effect without a critic", "set critic={}, or remove actor.gae_lambda"
+            )
+        return
+    _check_rewards_of_critic(config)
+    if config.critic.shared:
+        _check_shared(config.critic)
+    else:
+        _check_own(config, config.critic, longest)
+
+
+def _check_kl(config: GRPOConfig) -> None:
+    if config.uses_ref:
+        return
+    if config.actor.kl_in == "reward":
+        raise ConfigError("actor.kl_in=reward has no effect with actor.kl_ctl=0", "set actor.kl_ctl=0.001, or remove actor.kl_in")
+    if config.ref != RefConfig():
+        raise ConfigError("ref.* is set, but with actor.kl_ctl=0 there is no reference model", "set actor.kl_ctl=0.001, or remove ref")
+
+
+def _check_rewards_of_critic(config: GRPOConfig) -> None:
+    norm = config.actor.reward_norm
+    if norm is not None and {"group", "leave_one_out"} & {norm.mean_level, norm.std_level}:
+        raise ConfigError(
+            f"critic learns what a prompt is worth, which rewards that are compared within their group do not tell "
+            f"(actor.reward_norm has mean_level={norm.mean_level}, std_level={norm.std_level})",
+            "set actor.reward_norm=null, and actor.adv_norm={mean_level: batch, std_level: batch} to normalise the advantages",
+        )
+
+
+def _check_shared(critic: CriticConfig) -> None:
+    if critic.path:
+        raise ConfigError(
+            f"critic.shared=true puts the value head on the actor's layers, and critic.path='{critic.path}' names others",
+            "remove critic.path, or set critic.shared=false",
+        )
+    plain = CriticConfig()
+    for key in [*TrainEngineConfig.model_fields, "ppo_n_minibatches"]:
+        if getattr(critic, key) != getattr(plain, key):
+            raise ConfigError(
+                f"critic.{key} has no effect with critic.shared=true: the value head is trained with the actor", f"set actor.{key} instead"
+            )
+
+
+def _check_own(config: GRPOConfig, critic: CriticConfig, longest: int) -> None:
+    if critic.loss_coef != CriticConfig().loss_coef:
+        raise ConfigError(
+            f"critic.loss_coef={critic.loss_coef:g} has no effect: a critic with layers of its own has a loss of its own",
+            "set critic.optimizer.lr, or critic.shared=true",
+        )
+    capacity = critic.mb_spec.max_tokens_per_mb
+    if longest > capacity:
+        raise ConfigError(
+            f"critic.mb_spec.max_tokens_per_mb={capacity} cannot hold the longest sequence of {longest} tokens",
+            f"set critic.mb_spec.max_tokens_per_mb={longest} or more",
+        )
+    batch, n = config.rollout.consumer_batch_size, critic.ppo_n_minibatches
+    if batch % n:
+        near = min((k for k in range(1, batch + 1) if batch % k == 0), key=lambda k: abs(k - n))
+        raise ConfigError(
+            f"rollout.consumer_batch_size={batch} groups cannot be cut into critic.ppo_n_minibatches={n} equal parts",
+            f"set critic.ppo_n_minibatches={near}",
+        )
+    samples, n_ranks = batch // n * config.gconfig.n_samples, config.trainer_layout.data
+    if samples < n_ranks:
+        raise ConfigError(
+            f"a mini-batch of the critic has {samples} samples, fewer than the {n_ranks} ranks of actor.backend='{config.actor.backend}'",
+            "lower critic.ppo_n_minibatches, or raise rollout.consumer_batch_size",
+        )

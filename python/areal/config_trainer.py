@@ -115,7 +115,7 @@ class RefConfig(Section):
     """The reference model of the KL penalty (actor.kl_ctl above 0): frozen, on the actor's ranks."""
 
     path: str = ""
-    """Hugging Face model directory; empty = the actor as it was at the start."""
+    """Hugging Face model directory; empty = the actor as it was when reinforcement learning began."""
     offload: bool = False
     """As actor.offload."""
 
@@ -124,7 +124,7 @@ class CriticConfig(TrainEngineConfig):
     """The value model of PPO, on the actor's ranks."""
 
     path: str = ""
-    """Hugging Face model directory, with a new head of one value a token; empty = the actor's."""
+    """Hugging Face model directory, whose layers get a head of one value a token; empty = the actor when reinforcement learning begins."""
     shared: bool = False
     """A value head on the actor's own layers instead of a model of its own."""
     loss_coef: float = Field(0.5, gt=0)
@@ -216,6 +216,11 @@ class ActorConfig(TrainEngineConfig):
     """Skipped steps with non-finite gradients in a row before the run ends."""
     step_timeout: float = Field(1800.0, gt=0)
     """Seconds one train step may take."""
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether tokens get less reward where they leave the reference model."""
+        return self.kl_ctl > 0 and self.kl_in == "reward"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -321,7 +321,8 @@ class SFTTrainer:
             raise ConfigError("SFTTrainer needs the recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
         self.config = config
         self._checked = config.warmup.stop_at_accuracy is not None
-        self._cluster = Cluster(config, train_dataset, with_rollout=self._checked)
+        alone = config.new(critic=None, actor=config.actor.new(kl_ctl=0.0))
+        self._cluster = Cluster(alone, train_dataset, with_rollout=self._checked)
         self._asyncio = asyncio.Runner()
 
     def __enter__(self) -> Self:

@@ -53,7 +53,7 @@ def policy_loss(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """``ppo_loss`` of loss tokens alone, with its ``options``, plus the penalty for leaving the reference model:
 
-        kl_coef / denominator * sum_t m_t * kl_estimate_t,   m as in ppo_loss: 1, or 1 / loss tokens of the sequence
+        kl_coef / denominator * sum_t m_t * kl_penalty_t,   m as in ppo_loss: 1, or 1 / loss tokens of the sequence
 
     All tensors are float32 [n]; ``cu_seqlens`` counts loss tokens. The statistics are those of ``ppo_loss``, loss with the penalty, and
     kl_ref (the sum of the estimates) where there is a reference. The penalty takes every loss token, those that a filter masks too.
@@ -78,7 +78,7 @@ def policy_loss(
     )
     if inputs.ref_logprobs is None:
         return loss, stats
-    estimates = kl_estimate(logprobs, inputs.ref_logprobs, kl_estimator)
+    estimates = kl_penalty(logprobs, inputs.ref_logprobs, kl_estimator)
     weighted = estimates
     if normalization == "sequence":
         assert cu_seqlens is not None
@@ -88,11 +88,11 @@ def policy_loss(
     return loss, {**stats, "loss": loss.detach(), "kl_ref": estimates.detach().sum()}
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """Estimates of KL(current || ref) from tokens of the current policy, one a token, differentiable (http://joschu.net/blog/kl-approx.html).
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """``returns.kl_estimate`` of KL(current || ref), one a token, with a gradient; x = logprobs - ref_logprobs is clamped to +-20.
 
-    With x = logprobs - ref_logprobs, clamped to +-20: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. The gradient of a good estimate need
-    not be a good estimate of the gradient, which is E[x * d(logprob)]: the distribution the tokens come from moves too.
+    The gradient of a good estimate need not be a good estimate of the gradient, which is E[x * d(logprob)]: the distribution the tokens
+    come from moves too.
 
     - k1 has it: its own derivative, 1, would be that of E[d(logprob)] = 0, noise that pulls nowhere, so x stands in for it.
     - k2 has it by itself: d(x^2 / 2) = x. k1 and k2 differ in the value they report, of which k1's has no bias.

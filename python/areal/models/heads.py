@@ -16,6 +16,7 @@ from areal.algo.loss import KLEstimator, PPOInputs, policy_loss
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
+from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
 
@@ -109,6 +110,7 @@ def packed_ppo_loss(
     normalization: Literal["token", "sequence"] = "token",
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
+    values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
     """The policy's loss of the loss tokens ``rows`` (ascending) of packed sequences, as ``algo.loss.policy_loss`` defines it, with the
@@ -117,7 +119,8 @@ def packed_ppo_loss(
     This is where its way through the head is chosen. A plain product makes the gradients in the forward pass (``linear_ppo_loss``, three
     matrix products) where a token's gradient depends on its own log-prob alone. Else (something of level "sequence", a reference, an
     interpolated proximal policy, a head that does more) all log-probs come first and logits are made again for the gradient, four products.
-    Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass.
+    Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass. With ``values``
+    the loss has that of the model's value head added, and its sums are among the statistics.
     """
     hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
     head, targets = head_of(model), input_ids.index_select(0, rows)
@@ -142,8 +145,25 @@ def packed_ppo_loss(
         logprobs, entropy = _score(head, hidden, targets, temperature, memory_budget)
         loss, stats = policy_loss(logprobs, entropy, of_rows, kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
+    if values is not None:
+        value_loss, sums = value_terms(model, hidden, rows, values)
+        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
     zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
     return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+
+
+def packed_values(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    *,
+    rows: Tensor,
+    shared: SharedTokens | None = None,
+) -> Tensor:
+    """What the states before the tokens ``rows`` are worth, by the model's value head: float32 [T], 0 elsewhere."""
+    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared))
+    return torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
 
 
 def _hidden_before(

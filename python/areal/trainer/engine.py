@@ -7,17 +7,19 @@ The policy's ``version`` is the one last published: a train step works on it, th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from areal.algo.loss import sft_loss
-from areal.config import ActorConfig, OptimizerConfig
+from areal.config import ActorConfig, CriticConfig, OptimizerConfig, RefConfig
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.value_head import policy_parameters
+from areal.trainer.critic import Critic, ValueMinibatch, value_inputs
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
@@ -50,6 +52,8 @@ class TrainEngine:
         config: the actor's configuration.
         temperature: that of the rollouts; log-probs are of softmax(logits / temperature).
         mesh: which rank this is, and where it computes; None = one on the CPU.
+        critic: a value model, of its own or on the actor's layers.
+        ref: a frozen reference model.
     """
 
     def __init__(
@@ -59,16 +63,37 @@ class TrainEngine:
         *,
         temperature: float = 1.0,
         mesh: RankMesh | None = None,
+        critic: CriticConfig | None = None,
+        ref: RefConfig | None = None,
     ) -> None:
         self.config = config
         self.model_dir = Path(model_dir)
         self.mesh = mesh or RankMesh(torch.device("cpu"))
         self.version = 0
         self._temperature = temperature
-        self.actor = RankModel(model_dir, self.mesh, getattr(torch, config.dtype), gradient_checkpointing=config.gradient_checkpointing)
+        dtype = getattr(torch, config.dtype)
+        self.shared_critic = critic if critic is not None and critic.shared else None
+        head: Literal["logprobs", "both"] = "both" if self.shared_critic else "logprobs"
+        self.actor = RankModel(model_dir, self.mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head=head)
+        self.critic: Critic | None = None
+        if critic is not None and not critic.shared:
+            self.critic = Critic(critic.path or model_dir, critic, self.mesh, dtype)
+        self.reference: RankModel | None = None
+        if ref is not None:
+            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
+        self._made_from_actor = [
+            model
+            for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
+            if model is not None and section is not None and not section.path
+        ]
         self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
+
+    @property
+    def models(self) -> dict[str, RankModel]:
+        """Those that are trained, by name: what a checkpoint of the whole run holds."""
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic.model})
 
     @property
     def device(self) -> torch.device:
@@ -90,16 +115,41 @@ class TrainEngine:
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, minibatches: Sequence[RankMinibatch]) -> dict[str, Any]:
+    def score(self, minibatches: Sequence[Sequence[Microbatch]], critic: Sequence[Sequence[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        """What the models say of a batch before a train step: those of ref_logprobs, values and logprobs (if wanted) that this run has.
+
+        Each is float32 [T] on the CPU for every micro-batch of every mini-batch, looked at in the loss tokens only; values are those of
+        the micro-batches of ``critic`` where the critic has layers of its own. Also this rank's spans, as those of ``train_step``.
+        """
+        begin = time.time()
+
+        def of_each(cut: Sequence[Sequence[Microbatch]], compute: Callable[[list[Inputs]], list[Tensor]]) -> list[list[Any]]:
+            return [[t.cpu().numpy() for t in compute([self._put(mb) for mb in microbatches])] for microbatches in cut]
+
+        result: dict[str, Any] = {}
+        if self.reference is not None:
+            reference = self.reference
+            result["ref_logprobs"] = of_each(minibatches, lambda inputs: reference.frozen_logprobs(inputs, self._temperature))
+        if self.critic is not None:
+            result["values"] = of_each(critic, self.critic.model.frozen_values)
+        elif self.shared_critic is not None:
+            result["values"] = of_each(minibatches, self.actor.frozen_values)
+        if logprobs:
+            result["logprobs"] = of_each(minibatches, lambda inputs: self.actor.frozen_logprobs(inputs, self._temperature))
+        return {**result, "spans": [["scoring", begin, time.time()]]}
+
+    def train_step(self, minibatches: Sequence[RankMinibatch], critic: Sequence[RankMinibatch] = ()) -> dict[str, Any]:
         """One PPO step: an optimizer step for each mini-batch, in order.
 
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
-        are those of its training forward; only the others are computed beforehand, or interpolated (``prox_logp_method``). Returns statistics over all ranks: loss, n_tokens,
-        clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction,
-        ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour, kl_ref (a reference in the loss), grad_norm, lr_scale, skipped_nonfinite, version,
-        logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens), and
-        this rank's spans [[kind, start, end]] in seconds
-        since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
+        are those of its training forward; only the others are computed beforehand, or interpolated (``prox_logp_method``). Returns
+        statistics over all ranks: loss, n_tokens, clip_fraction (and its parts clip_high_fraction, clip_low_fraction),
+        dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour,
+        kl_ref (with the KL in the loss), grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine
+        against trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in
+        seconds since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also
+        value_loss and value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had
+        to be skipped.
         """
         stats = StepStats(self.device)
         begin = time.time()
@@ -116,11 +166,29 @@ class TrainEngine:
             progress, denominator = index / len(minibatches), self._policy_denominator(minibatch)
             for turn, x in enumerate(inputs):
                 known = proximal[index][turn] if recomputes and index else None
-                ppo_backward(self.actor, self.config, x, known, progress, denominator, self._temperature, stats)
+                values = value_inputs(x, self.shared_critic, minibatch.denominator)
+                ppo_backward(self.actor, self.config, x, known, progress, denominator, self._temperature, stats, values)
             self._optimizer_step(lr_scale, stats)
         stats.span("training", recomputed, time.time())
         self._train_steps += 1
-        return self._finish(stats, lr_scale, len(minibatches))
+        result = self._finish(stats, lr_scale, len(minibatches))
+        return result if self.critic is None else {**result, **self._train_critic(self.critic, critic, result["spans"])}
+
+    def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], spans: list[Any]) -> dict[str, Any]:
+        begin = time.time()
+        stats = critic.train_step([ValueMinibatch([self._put(mb) for mb in m.microbatches], m.denominator) for m in minibatches])
+        spans.append(["training", begin, time.time()])
+        if critic.nonfinite_in_a_row > self.config.max_nonfinite_steps:
+            raise NonFiniteGradients(
+                f"{critic.nonfinite_in_a_row} optimizer steps of the critic in a row had gradients that are not finite "
+                f"(actor.max_nonfinite_steps={self.config.max_nonfinite_steps}); lower critic.optimizer.lr, or look at the rewards"
+            )
+        return stats
+
+    def start_from_actor(self) -> None:
+        """Reference and critic that have no path of their own take the actor's weights as they are now, after a warm-up."""
+        for model in self._made_from_actor:
+            model.copy_weights(self.actor)
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
@@ -172,7 +240,7 @@ class TrainEngine:
 
     def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every tensor of ``weights``."""
-        return [(name, tuple(p.shape), self.actor.dtype) for name, p in self.model.named_parameters()]
+        return [(name, tuple(p.shape), self.actor.dtype) for name, p in policy_parameters(self.model).items()]
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
@@ -180,12 +248,12 @@ class TrainEngine:
         self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """All parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
+        """The policy's parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
 
         The tensors may share memory with the parameters: read them before the next step.
         """
         result = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in policy_parameters(self.model).items():
             tensor = full_tensor(parameter)
             if self.mesh.rank == 0:
                 result[name] = tensor.to(self.actor.dtype)

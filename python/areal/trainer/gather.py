@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.value_head import policy_parameters
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
 from areal.weight_sync.stream import BucketPlan, plan_buckets
@@ -25,7 +26,7 @@ class WeightGatherer:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int, names: CheckpointNames | None = None) -> None:
         """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here."""
-        self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+        self._parameters: Mapping[str, Tensor] = policy_parameters(model)
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size

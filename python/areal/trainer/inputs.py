@@ -32,6 +32,9 @@ class Inputs:
     age: Tensor
     """float32: how many versions before the current one a loss token was sampled."""
     ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    """Where a critic is trained: what it said before the train step, and what it should have said."""
+    returns: Tensor | None = None
 
 
 def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
@@ -52,4 +55,6 @@ def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
         fresh=put(mb.loss_mask & (mb.versions == version)),
         age=put(np.where(mb.loss_mask, version - mb.versions, 0).astype(np.float32)),
         ref_logprobs=None if mb.ref_logprobs is None else put(mb.ref_logprobs),
+        values=None if mb.values is None else put(mb.values),
+        returns=None if mb.returns is None else put(mb.returns),
     )

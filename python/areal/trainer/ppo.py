@@ -11,6 +11,7 @@ from torch import Tensor
 
 from areal.algo.loss import PPOInputs, loglinear_share
 from areal.config import ActorConfig
+from areal.models.value_head import ValueInputs
 from areal.trainer.inputs import Inputs
 from areal.trainer.model import RankModel
 from areal.trainer.step_stats import StepStats
@@ -52,13 +53,15 @@ def ppo_backward(
     denominator: float,
     temperature: float,
     stats: StepStats,
+    values: ValueInputs | None = None,
 ) -> None:
     """Adds to the gradients.
 
     Args:
         recomputed: the proximal log-probs [T], where ``recomputes_proximal`` and ``progress`` is above 0.
         progress: the share of the step's optimizer steps that are taken; 0: the current policy still is the proximal one.
-        denominator: that of the mini-batch, over all ranks.
+        denominator: that of the policy's loss of the mini-batch, over all ranks.
+        values: of a critic on the actor's layers.
     """
     result = actor.model.packed_ppo_loss(
         x.input_ids,
@@ -69,6 +72,7 @@ def ppo_backward(
         rows=x.rows,
         denominator=denominator,
         shared=x.shared,
+        values=values,
         **loss_options(config),
     )
     result.loss.backward()

@@ -55,7 +55,12 @@ class Rank:
                 timeout=timedelta(seconds=actor.step_timeout),
             )
         self._engine = TrainEngine(
-            model_folder, actor, temperature=config.gconfig.temperature, mesh=RankMesh(device, rank, config.trainer_layout)
+            model_folder,
+            actor,
+            temperature=config.gconfig.temperature,
+            mesh=RankMesh(device, rank, config.trainer_layout),
+            critic=config.critic,
+            ref=config.ref if config.uses_ref else None,
         )
         self._is_first = rank == 0
         self._config = config
@@ -73,10 +78,18 @@ class Rank:
         n = sum(p.numel() for p in self._engine.model.parameters())
         log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float, float | None]]) -> dict[str, Any] | None:
+    def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        return self._engine.score(minibatches, critic, logprobs)
+
+    def rpc_start_from_actor(self) -> None:
+        self._engine.start_from_actor()
+
+    def rpc_train_step(
+        self, minibatches: list[tuple[list[Microbatch], float, float | None]], critic: list[tuple[list[Microbatch], float, float | None]]
+    ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:

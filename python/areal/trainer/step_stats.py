@@ -23,6 +23,8 @@ _MEANS = {
     "kl_behaviour": "kl_behaviour",
     "kl_ref": "kl_ref",
     "entropy": "entropy",
+    "value_loss": "value_loss",
+    "value_clip_fraction": "value_clipped",
 }
 
 

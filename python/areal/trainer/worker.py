@@ -94,9 +94,31 @@ class TrainerHandle:
 
         def part(rank: int) -> dict[str, Any]:
             index = rank // self.layout.context
-            return {"minibatches": [(m.ranks[index], m.denominator, m.policy_denominator) for m in batch.minibatches]}
+            cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
+            return {name: [(m.ranks[index], m.denominator, m.policy_denominator) for m in cut] for name, cut in cuts.items()}
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
+
+    async def score(self, batch: TrainBatch, logprobs: bool = False) -> dict[str, Any]:
+        """What reference and critic say of the batch, and with ``logprobs`` the actor: ``ref_logprobs``, ``values``, ``logprobs``.
+
+        Each is ``packer.PerMicrobatch``, of the batch's mini-batches; values of the critic's where it has its own. Also rank 0's spans.
+        """
+
+        def part(rank: int) -> dict[str, Any]:
+            index = rank // self.layout.context
+            cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
+            return {name: [minibatch.ranks[index] for minibatch in cut] for name, cut in cuts.items()} | {"logprobs": logprobs}
+
+        answers = await self._call_each("score", self._config.actor.step_timeout, part)
+        by_data_rank = answers[:: self.layout.context]
+        names = [name for name in answers[0] if name != "spans"]
+        result = {name: list(zip(*(answer[name] for answer in by_data_rank), strict=True)) for name in names}
+        return {**result, "spans": answers[0]["spans"]}
+
+    async def start_from_actor(self) -> None:
+        """Reference and critic that have no path of their own take the actor's weights as they are now."""
+        await self._call_all("start_from_actor", _PUBLISH_TIMEOUT, lambda rank: {})
 
     async def sft_step(self, minibatch: Minibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step at ``lr_scale`` times the configured rates; the statistics of ``TrainEngine.sft_step``."""
@@ -212,6 +234,10 @@ class TrainerHandle:
 
     async def _call_all(self, method: str, timeout: float, arguments: Callable[[int], dict[str, Any]]) -> Any:
         """Calls every rank and returns what rank 0 answers. After an error no rank is left alive."""
+        return (await self._call_each(method, timeout, arguments))[0]
+
+    async def _call_each(self, method: str, timeout: float, arguments: Callable[[int], dict[str, Any]]) -> list[Any]:
+        """Calls every rank and returns what each answers."""
         async with self._order:
             if not self._links:
                 raise RuntimeError(f"the trainer was closed; '{method}' cannot be called any more")
@@ -223,7 +249,7 @@ class TrainerHandle:
                 errors = [error for t in tasks if t.done() and (error := t.exception()) is not None]
                 if errors:
                     raise await self._explain(errors)
-                return tasks[0].result()
+                return [task.result() for task in tasks]
             finally:
                 for task in tasks:
                     task.cancel()
