@@ -1,5 +1,7 @@
 """Keys of critic and reference model that do not fit together end in one sentence."""
 
+import json
+
 import pytest
 
 from areal.config import ConfigError, GRPOConfig
@@ -63,3 +65,16 @@ def test_models_must_be_there(key, tmp_path):
     words = [*CRITIC, f"{key}.path={tmp_path}/none", *(["actor.kl_ctl=0.1"] if key == "ref" else [])]
     with pytest.raises(ConfigError, match=rf"{key}.path: there is no folder"):
         check_machine(check(*words))
+
+
+def test_other_tokenizers_are_refused(tmp_path):
+    model = {"model_type": "qwen2", "max_position_embeddings": 4096}
+    for name, vocab in (("actor", {"a": 0, "b": 1}), ("same", {"b": 1, "a": 0}), ("other", {"a": 1, "b": 0})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(model))
+        tokenizer = {"model": {"vocab": vocab}, "added_tokens": [{"content": "<end>", "id": 2}]}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ["actor.init_from_scratch=null", f"actor.path={tmp_path}/actor", "actor.kl_ctl=0.1"]
+    check_machine(check(*words, f"ref.path={tmp_path}/same"))
+    with pytest.raises(ConfigError, match=r"ref.path: the tokenizer of '.*other' has other token ids"):
+        check_machine(check(*words, f"ref.path={tmp_path}/other"))

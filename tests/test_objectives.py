@@ -15,7 +15,7 @@ from test_trainer_engine import RecordingEngine, relative_difference
 from trainer_setup import make_config, make_groups, save_small_model
 from transformers import AutoModelForCausalLM
 
-from areal.algo.loss import kl_penalty, loglinear_share
+from areal.algo.policy_loss import kl_penalty, loglinear_share
 from areal.algo.returns import kl_estimate
 from areal.metrics import train_row
 from areal.models import heads

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
 from areal.config import ActorConfig, ConfigError, CriticConfig, GRPOConfig, RefConfig
 from areal.config_trainer import TrainEngineConfig
 
@@ -130,3 +135,51 @@ def _check_own(config: GRPOConfig, critic: CriticConfig, longest: int) -> None:
             f"a mini-batch of the critic has {samples} samples, fewer than the {n_ranks} ranks of actor.backend='{config.actor.backend}'",
             "lower critic.ppo_n_minibatches, or raise rollout.consumer_batch_size",
         )
+
+
+def check_same_vocabulary(key: str, path: str, actor_path: str) -> None:
+    """Whether the model of ``path`` reads the actor's token ids as the same text, as far as the folders tell. ``ConfigError``."""
+    ours, theirs = _vocabulary(Path(actor_path).expanduser()), _vocabulary(Path(path).expanduser())
+    if ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"{key}: the tokenizer of '{path}' has other token ids than that of actor.path='{actor_path}'",
+            "use a model with the same tokenizer",
+        )
+
+
+def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
+    """What ``tokenizer.json`` says; None where there is no such file, or nothing in it."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # loading the actor's tokenizer says what is wrong with it
+    model = tokenizer.get("model")
+    return (model.get("vocab"), [(t["content"], t["id"]) for t in tokenizer.get("added_tokens", ())]) if model else None
+
+
+def check_adapters(config: GRPOConfig) -> None:
+    """Keys of actor.lora."""
+    lora = config.actor.lora
+    if lora is None:
+        return
+    if not lora.target_modules:
+        raise ConfigError("actor.lora.target_modules is empty, so nothing would be trained", "set actor.lora.target_modules=all-linear")
+    if lora.sync == "merged":
+        return
+    if config.layout.engine == "sglang":
+        raise ConfigError(
+            "actor.lora.sync=adapter needs the embedded engine: SGLang takes an adapter under a name that every request must then give, and "
+            "what it holds of it cannot be compared with what was sent",
+            "set actor.lora.sync=merged",
+        )
+    if config.transport not in ("shm", "disk"):
+        raise ConfigError(
+            f"actor.lora.sync=adapter works by shared memory or files, and the transport is {config.transport}",
+            "set weight_sync.transport=shm (servers on this machine) or disk, or actor.lora.sync=merged",
+        )
+
+
+def check_peft(config: GRPOConfig) -> None:
+    """What actor.lora needs is installed."""
+    if config.actor.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("actor.lora needs the package 'peft'", "pip install '.[lora]' in areal's folder, or set actor.lora=null")

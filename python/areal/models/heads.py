@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from areal.algo.loss import KLEstimator, PPOInputs, policy_loss
+from areal.algo.policy_loss import KLEstimator, PPOInputs, policy_loss
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
@@ -113,7 +113,7 @@ def packed_ppo_loss(
     values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
-    """The policy's loss of the loss tokens ``rows`` (ascending) of packed sequences, as ``algo.loss.policy_loss`` defines it, with the
+    """The policy's loss of the loss tokens ``rows`` (ascending) of packed sequences, as ``algo.policy_loss`` defines it, with the
     ``options`` of ``ppo_loss``; log-probs and entropies are [T].
 
     This is where its way through the head is chosen. A plain product makes the gradients in the forward pass (``linear_ppo_loss``, three

@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from areal.algo.loss import sft_loss
-from areal.config import ActorConfig, CriticConfig, OptimizerConfig, RefConfig
+from areal.config import ActorConfig, CriticConfig, DPOConfig, OptimizerConfig, RefConfig
 from areal.models.checkpoint_names import CheckpointNames
-from areal.models.value_head import policy_parameters
+from areal.models.lora import base_parameters
+from areal.trainer.checkpoint import SavedAdapter
 from areal.trainer.critic import Critic, ValueMinibatch, value_inputs
+from areal.trainer.dpo import dpo_backward
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
@@ -28,6 +30,8 @@ from areal.trainer.ppo import ppo_backward, recomputes_proximal
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
+from areal.weight_sync.adapter import AdapterInfo
+from areal.weight_sync.stream import hash_tensors
 
 
 class NonFiniteGradients(RuntimeError):
@@ -54,6 +58,8 @@ class TrainEngine:
         mesh: which rank this is, and where it computes; None = one on the CPU.
         critic: a value model, of its own or on the actor's layers.
         ref: a frozen reference model.
+        seed: of weights that are not in ``model_dir``: adapters.
+        warms_up: the actor is trained before the reference is taken (``start_from_actor``).
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class TrainEngine:
         mesh: RankMesh | None = None,
         critic: CriticConfig | None = None,
         ref: RefConfig | None = None,
+        seed: int = 0,
+        warms_up: bool = False,
     ) -> None:
         self.config = config
         self.model_dir = Path(model_dir)
@@ -73,20 +81,28 @@ class TrainEngine:
         self._temperature = temperature
         dtype = getattr(torch, config.dtype)
         self.shared_critic = critic if critic is not None and critic.shared else None
-        head: Literal["logprobs", "both"] = "both" if self.shared_critic else "logprobs"
-        self.actor = RankModel(model_dir, self.mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head=head)
+        self.actor = RankModel(
+            model_dir,
+            self.mesh,
+            dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+            head="both" if self.shared_critic else "logprobs",
+            lora=config.lora,
+            seed=seed,
+        )
         self.critic: Critic | None = None
         if critic is not None and not critic.shared:
             self.critic = Critic(critic.path or model_dir, critic, self.mesh, dtype)
         self.reference: RankModel | None = None
-        if ref is not None:
+        self._base_is_reference = ref is not None and not ref.path and config.lora is not None and not warms_up
+        if ref is not None and not self._base_is_reference:
             self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
         self._made_from_actor = [
             model
             for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
             if model is not None and section is not None and not section.path
         ]
-        self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        self.gatherer = self._gatherer()
         self._nonfinite_in_a_row = 0
         self.set_optimizer(config.optimizer)
 
@@ -127,9 +143,8 @@ class TrainEngine:
             return [[t.cpu().numpy() for t in compute([self._put(mb) for mb in microbatches])] for microbatches in cut]
 
         result: dict[str, Any] = {}
-        if self.reference is not None:
-            reference = self.reference
-            result["ref_logprobs"] = of_each(minibatches, lambda inputs: reference.frozen_logprobs(inputs, self._temperature))
+        if self.reference is not None or self._base_is_reference:
+            result["ref_logprobs"] = of_each(minibatches, lambda inputs: self._reference_logprobs(inputs, self._temperature))
         if self.critic is not None:
             result["values"] = of_each(critic, self.critic.model.frozen_values)
         elif self.shared_critic is not None:
@@ -206,6 +221,33 @@ class TrainEngine:
         self._train_steps += 1
         return self._finish(stats, lr_scale, 1)
 
+    def dpo_step(self, minibatch: RankMinibatch, config: DPOConfig, lr_scale: float = 1.0) -> dict[str, Any]:
+        """One step on preferences (see ``dpo``); the denominator is the number of pairs over all ranks.
+
+        Returns those statistics of ``train_step`` that apply, and the means over pairs preference_accuracy, margin, chosen_reward and
+        rejected_reward.
+        """
+        stats = StepStats(self.device)
+        begin = time.time()
+        inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
+        references = self._reference_logprobs(inputs, temperature=1.0)
+        recomputed = time.time()
+        stats.span("recompute", begin, recomputed)
+        for x, reference in zip(inputs, references, strict=True):
+            dpo_backward(self.actor, config, x, reference, minibatch.denominator, stats)
+        self._optimizer_step(lr_scale, stats)
+        stats.span("training", recomputed, time.time())
+        self._train_steps += 1
+        return self._finish(stats, lr_scale, 1)
+
+    def _reference_logprobs(self, inputs: Sequence[Inputs], temperature: float) -> list[Tensor]:
+        """Of the reference model, or of the actor without its adapters, which is the model that it began as."""
+        if self.reference is not None:
+            return self.reference.frozen_logprobs(inputs, temperature)
+        assert self._base_is_reference, "there is no reference model"
+        with self.actor.without_adapters():
+            return self.actor.frozen_logprobs(inputs, temperature)
+
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
         return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0].cpu()
@@ -238,28 +280,50 @@ class TrainEngine:
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
 
-    def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of every tensor of ``weights``."""
-        return [(name, tuple(p.shape), self.actor.dtype) for name, p in policy_parameters(self.model).items()]
+    def _gatherer(self, names: CheckpointNames | None = None) -> WeightGatherer:
+        """Of the policy's weights as a model without adapters has them."""
+        actor, mesh = self.actor, self.mesh
+        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters)
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
-        names = CheckpointNames(self.template)
-        self.gatherer = WeightGatherer(self.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size, names)
+        self.gatherer = self._gatherer(CheckpointNames(self.template))
+
+    def use_adapters_alone(self, bucket_bytes: int) -> AdapterInfo:
+        """From here on ``gatherer`` has the factors of the adapters, by the names of peft's files, in float32; a collective.
+
+        Returns what servers are to be told: how the product is scaled, and the hash of the weights that it is added to, as an embedded
+        engine tells its own (on rank 0).
+        """
+        assert self.actor.adapters is not None
+        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        device = self.device if self.mesh.rank == 0 else None
+        base = sum(hash_tensors(whole.gather, whole.bucket_plan(bucket_bytes), device).values()) & (2**64 - 1)
+        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, self.mesh.rank, self.mesh.world_size)
+        return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The policy's parameters, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0.
+        """All weights, whole, tied ones once, adapters added, in the dtype of the config; a collective, None on ranks other than 0.
 
         The tensors may share memory with the parameters: read them before the next step.
         """
         result = {}
-        for name, parameter in policy_parameters(self.model).items():
-            tensor = full_tensor(parameter)
+        for name, tensor in self.actor.weights():
             if self.mesh.rank == 0:
                 result[name] = tensor.to(self.actor.dtype)
         return result if self.mesh.rank == 0 else None
 
+    def adapter_snapshot(self) -> SavedAdapter | None:
+        """Copies of the adapters' factors on the CPU, float32; a collective, None on ranks other than 0 and without adapters."""
+        if self.actor.adapters is None:
+            return None
+        whole = {name: full_tensor(p) for name, p in self.actor.adapters.parameters.items()}
+        if self.mesh.rank != 0:
+            return None
+        factors = {name: w.to("cpu", torch.float32, copy=True) for name, w in whole.items()}
+        return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
+
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of all parameters on the CPU; a collective, None on ranks other than 0."""
+        """Copies of ``weights`` on the CPU; a collective, None on ranks other than 0."""
         weights = self.weights()
         return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}

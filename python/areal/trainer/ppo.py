@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from areal.algo.loss import PPOInputs, loglinear_share
+from areal.algo.policy_loss import PPOInputs, loglinear_share
 from areal.config import ActorConfig
 from areal.models.value_head import ValueInputs
 from areal.trainer.inputs import Inputs
