@@ -17,9 +17,7 @@ from trainer_setup import make_groups
 
 from areal.config import GRPOConfig
 from areal.config_load import all_keys, load_expr_config
-from areal.demonstrations import load_demonstrations, make_sft_batch
 from areal.models.loading import create_model
-from areal.tasks.arithmetic import build_tokenizer
 from areal.train_batch import prepare_batch
 from areal.trainer.engine import RankMinibatch, TrainEngine
 
@@ -27,7 +25,6 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text()
 EXAMPLES = sorted((ROOT / "examples" / "algorithms").glob("*.yaml"))
-OF_LEARNING = [path for path in EXAMPLES if path.stem != "sft"]
 
 
 def load(path: Path, *overrides: str) -> GRPOConfig:
@@ -53,7 +50,7 @@ def test_blocks_of_the_page_load(block: str) -> None:
     GRPOConfig.model_validate({**base, **tree, "actor": {**base["actor"], **tree.get("actor", {})}})
 
 
-@pytest.mark.parametrize("path", OF_LEARNING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_files_differ_in_the_algorithm_alone(path: Path) -> None:
     """A comparison of two of them compares algorithms."""
     assert load(path).trial_name == path.stem
@@ -78,7 +75,7 @@ def parts(minibatches: list[Any]) -> list[RankMinibatch]:
     return [RankMinibatch(m.ranks[0], m.denominator, m.policy_denominator) for m in minibatches]
 
 
-@pytest.mark.parametrize("path", OF_LEARNING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_takes_train_steps(path: Path, tmp_path: Path) -> None:
     """On a random model and answers that are two versions old, by the way that a run takes: scored, given advantages, packed, trained on."""
     config = load(path)
@@ -93,19 +90,6 @@ def test_each_takes_train_steps(path: Path, tmp_path: Path) -> None:
     after = engine.snapshot()
     assert before is not None and after is not None
     assert all(weight.isfinite().all() for weight in after.values()) and any(not torch.equal(before[n], after[n]) for n in after)
-
-
-def test_supervised_training_takes_steps(tmp_path: Path) -> None:
-    config = load(ROOT / "examples" / "algorithms" / "sft.yaml")
-    assert config.warmup is not None
-    engine = make_engine(config, tmp_path)
-    engine.set_optimizer(config.warmup.optimizer)
-    demonstrations = load_demonstrations(config, build_tokenizer(config.train_dataset.max_terms))
-    losses = []
-    for _ in range(6):
-        batch = make_sft_batch(demonstrations.batch(config.warmup.batch_size), config.actor.mb_spec.max_tokens_per_mb, 1)
-        losses.append(engine.sft_step(parts([batch])[0], 1.0)["loss"])
-    assert losses[-1] < losses[0]
 
 
 @pytest.mark.timeout(240)
