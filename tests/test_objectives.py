@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from areal.algo.policy_loss import kl_penalty, loglinear_share
 from areal.algo.returns import kl_estimate
+from areal.config import CriticConfig
 from areal.metrics import train_row
 from areal.models import heads
 from areal.ops import linear_ppo_loss
@@ -267,6 +268,24 @@ def test_kl_penaltys_stay_finite() -> None:
         estimates = kl_penalty(logprobs, torch.tensor([-300.0, -0.1, -1.0]), estimator)
         (gradient,) = torch.autograd.grad(estimates.sum(), logprobs)
         assert estimates.isfinite().all() and gradient.tolist() == [0, 0, 0] and estimates[2] == 0
+
+
+def test_the_normalisation_is_the_policys_alone(model_folder: Path) -> None:
+    """A value head on the actor's layers has its loss by loss tokens, whatever the policy's is divided by."""
+    head = {}
+    for normalization in ("token", "sequence", "fixed"):
+        config = make_config(model_folder, model_folder, loss_normalization=normalization, reward_norm=None).actor
+        engine = RecordingEngine(model_folder, config, critic=CriticConfig(shared=True))
+        parts = make_parts(config)[:1]
+        for mb in parts[0].microbatches:
+            mb.values, mb.returns = np.zeros_like(mb.advantages), mb.advantages
+        stats = engine.train_step(parts)
+        head[normalization] = engine.gradients[0]["value_head.weight"], stats["value_loss"]
+    gradient, loss = head["token"]
+    assert loss > 0 and gradient.norm() > 0
+    for other, value_loss in head.values():
+        torch.testing.assert_close(other, gradient)
+        assert value_loss == pytest.approx(loss)
 
 
 def test_what_is_missing_is_named(model_folder: Path) -> None:
