@@ -31,6 +31,15 @@ class PPOInputs(NamedTuple):
         """Whether the gradient of a token is known as soon as its own log-prob is, by what ``linear_ppo_loss`` takes."""
         return self.ref_logprobs is None and self.proximal_share is None
 
+    def at(self, rows: Tensor) -> PPOInputs:
+        """Of these tokens alone."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.index_select(0, rows)
+
+        of_rows = self.behavior_logprobs.index_select(0, rows), self.advantages.index_select(0, rows)
+        return PPOInputs(pick(self.proximal_logprobs), *of_rows, pick(self.ref_logprobs), pick(self.proximal_share))
+
 
 def policy_loss(
     logprobs: Tensor,

@@ -124,32 +124,34 @@ def packed_ppo_loss(
     """
     hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
     head, targets = head_of(model), input_ids.index_select(0, rows)
-    of_rows = PPOInputs(*(None if x is None else x.index_select(0, rows) for x in inputs))
+    zeros = torch.zeros(len(input_ids), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+    options |= {"denominator": denominator, "normalization": normalization}
     of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
     if of_sequences or normalization == "sequence":
         ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
         options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
-    options |= {"denominator": denominator, "normalization": normalization}
-    if head.is_product and of_rows.is_fused and not of_sequences:
+    if head.is_product and inputs.is_fused and not of_sequences:
         result = linear_ppo_loss(
             hidden,
             head.projection.weight,
             targets,
-            *of_rows[:3],
+            *inputs.at(rows)[:3],
             torch.ones_like(rows, dtype=torch.bool),
             temperature=temperature / head.scale,
             memory_budget=memory_budget,
             **options,
         )
+        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in (result.logprobs, result.entropy))
+        result = result._replace(logprobs=logprobs, entropy=entropy)
     else:
-        logprobs, entropy = _score(head, hidden, targets, temperature, memory_budget)
-        loss, stats = policy_loss(logprobs, entropy, of_rows, kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
+        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in _score(head, hidden, targets, temperature, memory_budget))
+        scores = logprobs.index_select(0, rows), entropy.index_select(0, rows)
+        loss, stats = policy_loss(*scores, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
         value_loss, sums = value_terms(model, hidden, rows, values)
         result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
-    zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
-    return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+    return result
 
 
 def packed_values(
