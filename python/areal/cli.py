@@ -232,7 +232,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _supervised(args: argparse.Namespace) -> int:
-    return run_supervised(args, lambda: (_import_from_here(), _end_in_order(), _log_warnings()))
+    def prepare() -> None:
+        _import_from_here()
+        _end_in_order()
+        _log_warnings()
+
+    return run_supervised(args, prepare)
 
 
 def _serve(args: argparse.Namespace) -> int:

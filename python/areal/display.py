@@ -131,7 +131,7 @@ class Display:
     def finish_supervised(self, line: str) -> None:
         """The panel makes way for the result of training without rollouts."""
         self.close(keep_panel=False)
-        self.console.print(Text(line))
+        self.console.print(Text(line), soft_wrap=True)
         self.console.print(f"run folder: {escape(str(self.run_dir))}", soft_wrap=True)
 
     def _print(self, text: str, style: str = "") -> None:

@@ -34,7 +34,7 @@ def add_supervised(commands: Any) -> None:
         parser.add_argument("--check", action="store_true", help="check the configuration, print it in full and stop")
 
 
-def run_supervised(args: argparse.Namespace, prepare: Callable[[], object]) -> int:
+def run_supervised(args: argparse.Namespace, prepare: Callable[[], None]) -> int:
     """The command of ``args``, start to end; ``prepare`` makes the process ready once its configuration is known to be right."""
     from areal.config import GRPOConfig
     from areal.config_check_supervised import check_dpo_config, check_sft_config
