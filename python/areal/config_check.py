@@ -16,6 +16,7 @@ from areal.config_check_trainer import (
     check_adapters,
     check_critic_and_reference,
     check_heads,
+    check_objective,
     check_offload,
     check_overlong,
     check_peft,
@@ -35,7 +36,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_batch(config, n_data_ranks)
     _check_lengths(config)
     _check_sampling(config)
-    _check_loss(config)
+    check_objective(config)
     check_overlong(config)
     _check_times(config)
     check_adapters(config)
@@ -195,17 +196,6 @@ def _check_sampling(config: GRPOConfig) -> None:
             f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
             "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
         )
-
-
-def _check_loss(config: GRPOConfig) -> None:
-    actor = config.actor
-    if actor.behav_imp_weight_cap is not None and not actor.use_decoupled_loss:
-        raise ConfigError(
-            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has",
-            "set actor.use_decoupled_loss=true, or remove the cap",
-        )
-    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
-        raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
 def _check_times(config: GRPOConfig) -> None:

@@ -26,7 +26,7 @@ from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.model import RankModel
-from areal.trainer.ppo import ppo_backward
+from areal.trainer.ppo import ppo_backward, recomputes_proximal
 from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
@@ -45,6 +45,8 @@ class RankMinibatch(NamedTuple):
     microbatches: list[Microbatch]
     denominator: float
     """Loss tokens of the whole mini-batch over all ranks."""
+    policy_denominator: float | None = None
+    """What the policy's loss is divided by; None: the loss tokens."""
 
 
 class TrainEngine:
@@ -85,10 +87,10 @@ class TrainEngine:
             self.mesh,
             dtype,
             gradient_checkpointing=config.gradient_checkpointing,
+            offload=config.offload,
             head="both" if self.shared_critic else "logprobs",
             lora=config.lora,
             seed=seed,
-            offload=config.offload,
         )
         self.critic: Critic | None = None
         if critic is not None and not critic.shared:
@@ -164,32 +166,32 @@ class TrainEngine:
         """One PPO step: an optimizer step for each mini-batch, in order.
 
         The proximal policy is the one at the start. For the first mini-batch that is still the current one, so its proximal log-probs
-        are those of its training forward; only the others are computed beforehand. Returns statistics over all ranks: loss, n_tokens,
-        clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction,
-        ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version,
-        logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens), and
-        this rank's spans [[kind, start, end]] in seconds
-        since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also value_loss and
-        value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
+        are those of its training forward; only the others are computed beforehand, or interpolated (``prox_logp_method``). Returns
+        statistics over all ranks: loss, n_tokens, clip_fraction (and its parts clip_high_fraction, clip_low_fraction),
+        dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour,
+        kl_ref (with the KL in the loss), grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine
+        against trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in
+        seconds since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also
+        value_loss and value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had
+        to be skipped.
         """
         stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
-        if self.config.recompute_logprob:
+        recomputes = recomputes_proximal(self.config)
+        if recomputes:
             proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
         recomputed = time.time()
-        if len(minibatches) > 1 and self.config.recompute_logprob:
+        if len(minibatches) > 1 and recomputes:
             stats.span("recompute", begin, recomputed)
         lr_scale = min(1.0, (self._train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
         for index, (minibatch, inputs) in enumerate(zip(minibatches, prepared, strict=True)):
+            progress, denominator = index / len(minibatches), self._policy_denominator(minibatch)
             for turn, x in enumerate(inputs):
-                if index == 0:
-                    known = None
-                else:
-                    known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
+                known = proximal[index][turn] if recomputes and index else None
                 values = value_inputs(x, self.shared_critic, minibatch.denominator)
-                ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats, values)
+                ppo_backward(self.actor, self.config, x, known, progress, denominator, self._temperature, stats, values)
             self._optimizer_step(lr_scale, stats)
         stats.span("training", recomputed, time.time())
         self._train_steps += 1
@@ -261,6 +263,16 @@ class TrainEngine:
 
     def _put(self, microbatch: Microbatch) -> Inputs:
         return to_device(microbatch, self.device, self.version, self.mesh)
+
+    def _policy_denominator(self, minibatch: RankMinibatch) -> float:
+        if minibatch.policy_denominator is not None:
+            return minibatch.policy_denominator
+        if self.config.loss_normalization != "token":
+            raise ValueError(
+                f"actor.loss_normalization={self.config.loss_normalization} needs a policy_denominator with each mini-batch; "
+                "make_train_batch gives it"
+            )
+        return minibatch.denominator
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
         step = self.actor.optimizer_step(lr_scale)

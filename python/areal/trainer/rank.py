@@ -97,7 +97,7 @@ class Rank:
         self._engine.start_from_actor()
 
     def rpc_train_step(
-        self, minibatches: list[tuple[list[Microbatch], float]], critic: list[tuple[list[Microbatch], float]]
+        self, minibatches: list[tuple[list[Microbatch], float, float | None]], critic: list[tuple[list[Microbatch], float, float | None]]
     ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 

@@ -21,6 +21,7 @@ _MEANS = {
     "importance_weight_mean": "importance_weight",
     "kl_proximal": "kl_proximal",
     "kl_behaviour": "kl_behaviour",
+    "kl_ref": "kl_ref",
     "entropy": "entropy",
     "value_loss": "value_loss",
     "value_clip_fraction": "value_clipped",

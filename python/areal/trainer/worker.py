@@ -95,7 +95,7 @@ class TrainerHandle:
         def part(rank: int) -> dict[str, Any]:
             index = rank // self.layout.context
             cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
-            return {name: [(minibatch.ranks[index], minibatch.denominator) for minibatch in cut] for name, cut in cuts.items()}
+            return {name: [(m.ranks[index], m.denominator, m.policy_denominator) for m in cut] for name, cut in cuts.items()}
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
 
