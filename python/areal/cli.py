@@ -1,4 +1,4 @@
-"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report``.
+"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report | replay-batch``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -144,6 +144,12 @@ def _add_doctor_and_report(commands: argparse._SubParsersAction[_Parser]) -> Non
     )
     report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/arithmetic/demo")
     report.add_argument("--out", metavar="FOLDER", help="where the pictures go; default: the run's folder")
+
+    replay = commands.add_parser("replay-batch", help="compute a train step again that was not finite, and say where that begins")
+    replay.add_argument("step", metavar="STEP", help="the folder that the run named; exit code 1: not finite here either")
+    replay.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    replay.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
+    replay.add_argument("--json", action="store_true", help="for scripts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -343,8 +349,15 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _replay_batch(args: argparse.Namespace) -> int:
+    from areal.replay_command import run_replay
+
+    return run_replay(Path(args.step), device=args.device, threads=args.threads, as_json=args.json)
+
+
 _COMMANDS = {
     "train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
+    "replay-batch": _replay_batch,
 }  # fmt: skip
 
 

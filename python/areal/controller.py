@@ -183,7 +183,7 @@ class PPOTrainer:
                     train_stats = await cluster.trainer.train_step(batch)
                     clock.trained(train_stats["spans"])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats)}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats, clock.train_seconds)}
                 row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)

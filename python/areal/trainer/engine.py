@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +18,16 @@ from transformers import PreTrainedModel
 from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, OptimizerConfig
 from areal.models.checkpoint_names import CheckpointNames
+from areal.trainer.failed_step import FailedMinibatch, NonFiniteGradients, as_numpy
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
+from areal.trainer.meters import ModelFlops, matmul_peak
 from areal.trainer.model import RankModel
 from areal.trainer.ppo import ppo_backward
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
-
-
-class NonFiniteGradients(RuntimeError):
-    """Too many train steps in a row had gradients with NaN or infinity."""
 
 
 class RankMinibatch(NamedTuple):
@@ -65,7 +63,10 @@ class TrainEngine:
         self._temperature = temperature
         self.actor = RankModel(model_dir, self.mesh, getattr(torch, config.dtype), gradient_checkpointing=config.gradient_checkpointing)
         self.gatherer = WeightGatherer(self.actor.model, self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        self.flops = ModelFlops(self.actor.model)
+        self._peak_flops = matmul_peak(self.mesh.device, self.actor.dtype)
         self._nonfinite_in_a_row = 0
+        self._failed: list[FailedMinibatch] = []
         self.set_optimizer(config.optimizer)
 
     @property
@@ -76,6 +77,10 @@ class TrainEngine:
     def model(self) -> PreTrainedModel:
         """The policy's."""
         return self.actor.model
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
 
     @property
     def template(self) -> PreTrainedModel:
@@ -95,28 +100,34 @@ class TrainEngine:
         are those of its training forward; only the others are computed beforehand. Returns statistics over all ranks: loss, n_tokens,
         clip_fraction (and its parts clip_high_fraction, clip_low_fraction), dual_clip_fraction, filtered_fraction, truncated_fraction,
         ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour, grad_norm, lr_scale, skipped_nonfinite, version,
-        logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens), and
-        this rank's spans [[kind, start, end]] in seconds
-        since the epoch. ``NonFiniteGradients`` when too many steps in a row had to be skipped.
+        logprob_drift {mean_abs, max_abs, n} (engine against trainer on tokens that this version sampled; None without such tokens),
+        meters {model_flops, peak_flops_per_s, seconds and peak_mb by phase}, and this rank's spans [[kind, start, end]] in seconds
+        since the epoch. ``NonFiniteGradients`` on all ranks when too many steps in a row had to be skipped.
         """
         stats = StepStats(self.device)
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
         if self.config.recompute_logprob:
-            proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
+            with stats.phase("recompute"):
+                proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
+            stats.add_flops(sum(self._flops_of(x, training=False) for inputs in prepared[1:] for x in inputs))
         recomputed = time.time()
         if len(minibatches) > 1 and self.config.recompute_logprob:
             stats.span("recompute", begin, recomputed)
         lr_scale = min(1.0, (self._train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
+        self._failed.clear()
         for index, (minibatch, inputs) in enumerate(zip(minibatches, prepared, strict=True)):
+            used: list[Tensor | None] = []
             for turn, x in enumerate(inputs):
                 if index == 0:
                     known = None
                 else:
                     known = proximal[index][turn] if self.config.recompute_logprob else x.behavior_logprobs
-                ppo_backward(self.actor, self.config, x, known, minibatch.denominator, self._temperature, stats)
+                self.backward(x, known, minibatch.denominator, stats)
+                used.append(known)
             self._optimizer_step(lr_scale, stats)
+            self._remember_failure(minibatch, used)
         stats.span("training", recomputed, time.time())
         self._train_steps += 1
         return self._finish(stats, lr_scale, len(minibatches))
@@ -125,17 +136,33 @@ class TrainEngine:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
         stats = StepStats(self.device)
         begin = time.time()
+        self._failed.clear()
         for microbatch in minibatch.microbatches:
-            x = self._put(microbatch)
-            logprobs, entropy = self.actor.logprobs(x, temperature=1.0)
-            loss, sums = sft_loss(logprobs, x.loss_mask, denominator=minibatch.denominator)
-            loss.backward()
-            stats.add(sums)
-            stats.add({"entropy": entropy.sum()})
+            self.sft_backward(self._put(microbatch), minibatch.denominator, stats)
         self._optimizer_step(lr_scale, stats)
+        self._remember_failure(minibatch, [None] * len(minibatch.microbatches))
         stats.span("training", begin, time.time())
         self._train_steps += 1
-        return self._finish(stats, lr_scale, 1)
+        return self._finish(stats, lr_scale, 1, "sft")
+
+    def backward(self, x: Inputs, proximal: Tensor | None, denominator: float, stats: StepStats) -> None:
+        """Adds the gradients of the policy's loss of one micro-batch; ``proximal`` None: the current policy still is the proximal one."""
+        with stats.phase("forward"):  # the head's gradients are made there too
+            ppo_backward(self.actor, self.config, x, proximal, denominator, self._temperature, stats)
+        stats.add_flops(self._flops_of(x, training=True))
+
+    def sft_backward(self, x: Inputs, denominator: float, stats: StepStats) -> None:
+        with stats.phase("forward"):
+            logprobs, entropy = self.actor.logprobs(x, temperature=1.0)
+            loss, sums = sft_loss(logprobs, x.loss_mask, denominator=denominator)
+            with stats.phase("backward"):
+                loss.backward()
+            stats.add(sums)
+            stats.add({"entropy": entropy.sum()})
+        stats.add_flops(self._flops_of(x, training=True))
+
+    def _flops_of(self, x: Inputs, *, training: bool) -> float:
+        return self.flops.of(x, training=training) / self.mesh.layout.context
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
@@ -145,17 +172,28 @@ class TrainEngine:
         return to_device(microbatch, self.device, self.version)
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
-        step = self.actor.optimizer_step(lr_scale)
+        with stats.phase("optimizer"):
+            step = self.actor.optimizer_step(lr_scale, stats.minibatch_loss)
         stats.add_step(*step)
         self._nonfinite_in_a_row = 0 if step.finite else self._nonfinite_in_a_row + 1
 
-    def _finish(self, stats: StepStats, lr_scale: float, n_minibatches: int) -> dict[str, Any]:
+    def _remember_failure(self, minibatch: RankMinibatch, proximal: Sequence[Tensor | None]) -> None:
+        """What was skipped since the weights last changed, for a replay."""
+        if self._nonfinite_in_a_row:
+            self._failed.append(FailedMinibatch(minibatch.denominator, [minibatch.microbatches], [as_numpy(proximal)]))
+        else:
+            self._failed.clear()
+
+    def _finish(self, stats: StepStats, lr_scale: float, n_minibatches: int, kind: Literal["ppo", "sft"] = "ppo") -> dict[str, Any]:
         if self._nonfinite_in_a_row > self.config.max_nonfinite_steps:
             raise NonFiniteGradients(
-                f"{self._nonfinite_in_a_row} optimizer steps in a row had gradients that are not finite (actor.max_nonfinite_steps="
-                f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl"
+                f"{self._nonfinite_in_a_row} optimizer steps in a row had a loss or gradients that are not finite (actor.max_nonfinite_steps="
+                f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl",
+                kind,
+                list(self._failed),
             )
-        return {**stats.result(self.mesh.world_size, n_minibatches), "lr_scale": lr_scale, "version": self.version}
+        result = stats.result(self.mesh.world_size, n_minibatches, self._peak_flops)
+        return {**result, "lr_scale": lr_scale, "version": self.version}
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
 

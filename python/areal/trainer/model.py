@@ -21,7 +21,7 @@ class OptimizerStep(NamedTuple):
     grad_norm: float
     """Before clipping, over all ranks and parameters."""
     finite: bool
-    """False: the step was left out."""
+    """False: the step was left out, on all ranks."""
 
 
 class RankModel:
@@ -77,12 +77,20 @@ class RankModel:
         if self.sharded:
             self.model.reshard()
 
-    def optimizer_step(self, lr_scale: float) -> OptimizerStep:
-        """Clips and steps, or leaves the step out when a gradient is not finite; gradients are gone afterwards."""
+    def optimizer_step(self, lr_scale: float, loss: Tensor | None = None) -> OptimizerStep:
+        """Clips and steps, or leaves the step out when a gradient is not finite; gradients are gone afterwards.
+
+        ``loss``: this rank's part of it, or nothing on all ranks. One that is not finite on any rank leaves the step out too: its gradients
+        may be finite there, and are finite elsewhere.
+        """
         assert self._optimizer is not None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.gradient_clipping)))
-        finite = norm < float("inf")  # false for NaN too
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.gradient_clipping))
+        lost = torch.zeros_like(grad_norm) if loss is None else (~loss.detach().isfinite()).to(grad_norm)
+        if self.mesh.world_size > 1 and loss is not None:
+            torch.distributed.all_reduce(lost)
+        norm, n_lost = torch.stack([grad_norm, lost]).tolist()  # waits for the device once
+        finite = norm < float("inf") and n_lost == 0  # false for NaN too
         if finite:
             self._optimizer.step(lr_scale)
         self.model.zero_grad(set_to_none=True)

@@ -31,7 +31,8 @@ def ppo_backward(
         behav_filter_cap=config.behav_filter_cap,
         decoupled=config.use_decoupled_loss,
     )
-    result.loss.backward()
+    with stats.phase("backward"):
+        result.loss.backward()
     if proximal is None:
         stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
     elif config.recompute_logprob:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,14 +78,32 @@ class Rank:
     def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        with self._explained():
+            stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        with self._explained():
+            stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
         return stats if self._is_first else None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A step that is not finite is dumped, one without memory says which key to turn."""
+        from areal.trainer.failed_step import NonFiniteGradients, dump
+        from areal.trainer.memory import OutOfMemory, explain_out_of_memory
+
+        try:
+            yield
+        except NonFiniteGradients as error:
+            folder = self._run_folder / "replay" / f"{'step' if error.kind == 'ppo' else 'supervised'}_{self._engine.version + 1:06d}"
+            raise type(error)(f"{error}; {dump(self._engine, error, folder)}", error.kind, error.minibatches) from None
+        except RuntimeError as error:
+            if (advice := explain_out_of_memory(error, self._config, self._model_folder)) is None:
+                raise
+            raise OutOfMemory(advice) from error
 
     def rpc_logprobs(self, microbatch: Microbatch) -> Any:
         return self._engine.logprobs(microbatch).numpy()
