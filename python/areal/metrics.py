@@ -134,11 +134,15 @@ _PHASES = ("recompute", "forward", "backward", "optimizer", "other")
 """Of a train step: ``trainer.meters.PHASES`` and what is none of them."""
 
 
+def mfu(meters: Mapping[str, Any], seconds: float) -> float:
+    """Model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product."""
+    return meters["model_flops"] / seconds / meters["peak_flops_per_s"]
+
+
 def train_row(stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """The trainer's part of the row; ``seconds``: the whole train step, from the batch to its statistics.
 
-    Of all the time that is not in a phase of the ranks (packing, the way to them, what they prepare and count) is ``other_seconds``.
-    ``mfu``: model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product.
+    What of it is in no phase of the ranks (packing, the way to them, what they prepare and count) is ``other_seconds``.
     """
     keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
     drift, meters = stats["logprob_drift"], stats["meters"]
@@ -150,7 +154,7 @@ def train_row(stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         "logprob_drift_max": drift["max_abs"],
         "logprob_drift_tokens": drift["n"],
         "model_flops_per_s": meters["model_flops"] / seconds,
-        "mfu": meters["model_flops"] / seconds / meters["peak_flops_per_s"],
+        "mfu": mfu(meters, seconds),
         **{f"{phase}_seconds": of_phase for phase, of_phase in phases.items()},
         **{f"{phase}_peak_mb": peak for phase, peak in meters["peak_mb"].items()},
     }

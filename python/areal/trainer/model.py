@@ -86,10 +86,10 @@ class RankModel:
         assert self._optimizer is not None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.gradient_clipping))
-        lost = torch.zeros_like(grad_norm) if loss is None else (~loss.detach().isfinite()).to(grad_norm)
+        lost = torch.zeros_like(grad_norm) if loss is None else (~loss.detach().isfinite()).float()
         if self.mesh.world_size > 1 and loss is not None:
             torch.distributed.all_reduce(lost)
-        norm, n_lost = torch.stack([grad_norm, lost]).tolist()  # waits for the device once
+        norm, n_lost = torch.stack([grad_norm, lost.to(grad_norm)]).tolist()  # waits for the device once
         finite = norm < float("inf") and n_lost == 0  # false for NaN too
         if finite:
             self._optimizer.step(lr_scale)
