@@ -181,9 +181,7 @@ class RunPanel:
                 table,
                 label,
                 f"{count(row.get(rate))} tok/s",
-                Text.assemble(
-                    bar(row.get(busy), 10, "blue"), f" {share(row.get(busy))} busy", mfu_text(row) if label == "training" else ""
-                ),
+                Text.assemble(bar(row.get(busy), 5, "blue"), f" {share(row.get(busy))} busy", mfu_text(row) if label == "training" else ""),
             )
         _line(table, "staleness", number(row.get("staleness_mean"), 2), f"max {row.get('staleness_max', '–')} of {eta} allowed")
         _line(table, "groups", count(row.get("inflight_groups")), f"in flight, {count(row.get('buffer_groups'))} ready")
@@ -202,7 +200,7 @@ class RunPanel:
         if row.get("filtered") or row.get("filter_passed"):
             lines.append(Text(filter_text(row)))
         if row.get("skipped_nonfinite"):
-            lines.append(Text(f"skipped steps with a loss or gradients that are not finite: {row['skipped_nonfinite']}", style="bold red"))
+            lines.append(Text(f"skipped steps with non-finite numbers: {row['skipped_nonfinite']}", style="bold red"))
         return lines
 
 
