@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from test_dpo import make_pairs
 from test_trainer_engine import make_engine, rank_part
 from trainer_setup import make_batch, make_config, save_small_model
 
 from areal.cli import main
+from areal.config import DPOConfig, RefConfig
+from areal.preferences import make_dpo_batch
 from areal.trainer.diagnosis import diagnose
-from areal.trainer.engine import NonFiniteGradients, TrainEngine
-from areal.trainer.failed_step import FailedMinibatch, dump, load
+from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
+from areal.trainer.failed_step import dump, failed_minibatch, load
 from areal.trainer.inputs import to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.step_stats import StepStats
@@ -130,11 +133,11 @@ def test_finite_step_is_reproduced_with_its_loss_and_proximal_policy(model_folde
     engine.version = 4
     second = batch.minibatches[1]
     proximal = [engine.logprobs(mb).numpy() + np.float32(0.1) * mb.loss_mask for mb in second.ranks[0]]
-    stats = StepStats(engine.device)
+    stats, minibatch = StepStats(engine.device), rank_part(batch)[1]
     for mb, known in zip(second.ranks[0], proximal, strict=True):
-        engine.backward(to_device(mb, engine.device, 4), torch.from_numpy(known), second.denominator, stats)
+        engine.backward(to_device(mb, engine.device, 4), torch.from_numpy(known), 0.5, minibatch, stats)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.model.parameters()]))
-    error = NonFiniteGradients("", "ppo", [FailedMinibatch(second.denominator, second.ranks, [proximal])])
+    error = NonFiniteGradients("", "ppo", [failed_minibatch(minibatch, [torch.from_numpy(known) for known in proximal], 0.5)])
     dump(engine, error, tmp_path / "step")
     assert load(tmp_path / "step").version == 4
     code, told = findings(tmp_path / "step", capsys)
@@ -181,6 +184,22 @@ def test_supervised_step(model_folder, tmp_path, capsys):
     assert told["findings"][1]["what"].startswith("the output of model.layers.0.self_attn.k_proj")
 
 
+def test_pairs_of_preferences_stay_together(model_folder, tmp_path, capsys):
+    engine = make_engine(model_folder, tmp_path, cls=lambda *a, **k: TrainEngine(*a, **k, ref=RefConfig()), max_nonfinite_steps=0)
+    batch = make_dpo_batch(make_pairs(4), 4096, 1)
+    good = engine.dpo_step(RankMinibatch(batch.ranks[0], batch.denominator), DPOConfig(beta=0.5))
+    engine.reference.model.model.norm.weight.data[0] = float("nan")  # as the weights of a run do not show it
+    with pytest.raises(NonFiniteGradients) as caught:
+        engine.dpo_step(RankMinibatch(batch.ranks[0], batch.denominator), DPOConfig(beta=0.5))
+    dump(engine, caught.value, tmp_path / "step")
+    code, told = findings(tmp_path / "step", capsys)
+    assert code == 1
+    texts = [f["what"] for f in told["findings"]]
+    assert texts[0].startswith("reference log-prob (handed in) of sequence 0, ")
+    assert texts[-1] == "alone not finite: sequence 0, 2, 4, 6"
+    assert np.isfinite(good["loss"])
+
+
 # -- what else can go wrong ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,10 +224,11 @@ def test_folder_without_a_dumped_step(tmp_path, capsys):
 
 def test_loss_that_is_not_finite_with_finite_gradients_skips_the_step(model_folder, tmp_path):
     engine = make_engine(model_folder, tmp_path, cls=TrainEngine)
-    x = to_device(make_batch().minibatches[0].ranks[0][0], engine.device, 0)
+    (minibatch,) = rank_part(make_batch())
+    x = to_device(minibatch.microbatches[0], engine.device, 0)
     before = engine.snapshot()
     for loss, finite in ((torch.tensor(float("inf")), False), (torch.tensor(0.5), True)):
-        engine.backward(x, None, 100.0, StepStats(engine.device))
+        engine.backward(x, None, 0.0, minibatch, StepStats(engine.device))
         step = engine.actor.optimizer_step(1.0, loss)
         assert (step.finite, np.isfinite(step.grad_norm)) == (finite, True)
         assert all(torch.equal(before[n], w) for n, w in engine.weights().items()) != finite
@@ -224,8 +244,8 @@ def run_rank(folder, rank):
     skipped = []
     for lost_on in (1, None):
         before = {n: p.full_tensor().detach().clone() for n, p in engine.model.named_parameters()}
-        x = to_device(batch.minibatches[0].ranks[rank][0], engine.device, 0)
-        engine.backward(x, None, batch.minibatches[0].denominator, StepStats(engine.device))
+        (minibatch,) = rank_part(batch, rank)
+        engine.backward(to_device(minibatch.microbatches[0], engine.device, 0), None, 0.0, minibatch, StepStats(engine.device))
         step = engine.actor.optimizer_step(1.0, torch.tensor(float("nan") if rank == lost_on else 0.5))
         same = all(torch.equal(before[n], p.full_tensor()) for n, p in engine.model.named_parameters())
         skipped.append([step.finite, same])

@@ -1,4 +1,4 @@
-"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report | replay-batch``.
+"""The command line: ``areal train | sft | dpo | serve | reward-server | eval | score | doctor | report | replay-batch``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -13,6 +13,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from areal.replay_command import add_replay, run_replay
+from areal.supervised_command import add_supervised, run_supervised
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -30,11 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_train(commands)
+    add_supervised(commands)
     _add_serve(commands)
     _add_reward_server(commands)
     _add_eval(commands)
     _add_score(commands)
     _add_doctor_and_report(commands)
+    add_replay(commands)
     return parser
 
 
@@ -145,12 +150,6 @@ def _add_doctor_and_report(commands: argparse._SubParsersAction[_Parser]) -> Non
     report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/arithmetic/demo")
     report.add_argument("--out", metavar="FOLDER", help="where the pictures go; default: the run's folder")
 
-    replay = commands.add_parser("replay-batch", help="compute a train step again that was not finite, and say where that begins")
-    replay.add_argument("step", metavar="STEP", help="the folder that the run named; exit code 1: not finite here either")
-    replay.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
-    replay.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="CPU threads")
-    replay.add_argument("--json", action="store_true", help="for scripts")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv[:cut])
     args.server_options = argv[cut + 1 :]
     # argparse does not take key=value words behind an option.
-    if args.command in ("train", "eval") and all("=" in word and not word.startswith("-") for word in rest):
+    if args.command in ("train", "sft", "dpo", "eval") and all("=" in word and not word.startswith("-") for word in rest):
         args.words += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -187,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import_from_here() -> None:
     """Users' functions lie in the folder that they start from, as for ``python -m areal``."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
 
 
@@ -232,6 +230,15 @@ def _train(args: argparse.Namespace) -> int:
         print(f"report: {picture}", file=sys.stderr)
     print(run_folder / "summary.json")
     return 0
+
+
+def _supervised(args: argparse.Namespace) -> int:
+    def prepare() -> None:
+        _import_from_here()
+        _end_in_order()
+        _log_warnings()
+
+    return run_supervised(args, prepare)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -349,15 +356,8 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _replay_batch(args: argparse.Namespace) -> int:
-    from areal.replay_command import run_replay
-
-    return run_replay(Path(args.step), device=args.device, threads=args.threads, as_json=args.json)
-
-
 _COMMANDS = {
-    "train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
-    "replay-batch": _replay_batch,
+    "train": _train, "sft": _supervised, "dpo": _supervised, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report, "replay-batch": run_replay,
 }  # fmt: skip
 
 

@@ -130,6 +130,19 @@ class RunTotals:
         self.peak_mb |= {phase: max(self.peak_mb.get(phase, 0.0), peak) for phase, peak in peaks.items()}
 
 
+_OF_OBJECTIVES = (
+    "ratio_mean",
+    "clip_high_fraction",
+    "clip_low_fraction",
+    "dual_clip_fraction",
+    "truncated_fraction",
+    "filtered_fraction",
+    "kl_proximal",
+    "kl_ref",
+)
+"""Statistics of the policy's loss, in the row where the objective has them."""
+
+
 _PHASES = ("recompute", "forward", "backward", "optimizer", "other")
 """Of a train step: ``trainer.meters.PHASES`` and what is none of them."""
 
@@ -146,10 +159,13 @@ def train_row(stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """
     keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
     drift, meters = stats["logprob_drift"], stats["meters"]
+    of_critic = ("value_loss", "value_clip_fraction", "critic_grad_norm", "critic_skipped_nonfinite")
     phases = {phase: meters["seconds"][phase] for phase in _PHASES}
     phases["other"] += seconds - sum(phases.values())
     return {
         **{key: stats[key] for key in keys},
+        **{key: stats[key] for key in _OF_OBJECTIVES if key in stats},
+        **{key: stats[key] for key in of_critic if key in stats},
         "logprob_drift_mean": drift["mean_abs"],
         "logprob_drift_max": drift["max_abs"],
         "logprob_drift_tokens": drift["n"],

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from areal.trainer.engine import TrainEngine
+from areal.trainer.dpo import dpo_backward
+from areal.trainer.engine import RankMinibatch, TrainEngine
 from areal.trainer.failed_step import FailedMinibatch, FailedStep
 from areal.trainer.inputs import Inputs, to_device
+from areal.trainer.sft import sft_backward
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
@@ -51,11 +53,11 @@ def diagnose(engine: TrainEngine, step: FailedStep) -> Diagnosis:
         for r, turns in enumerate(minibatch.ranks):
             for t, microbatch in enumerate(turns):
                 where = f"mini-batch {m}, rank {r}, micro-batch {t}"
-                one = _Replay(engine, step.kind, minibatch, microbatch, minibatch.proximal[r][t])
+                one = _Replay(engine, step, minibatch, microbatch, minibatch.known[r][t])
                 result.findings += [Finding(where, what) for what in one.findings()]
                 total_loss += one.loss
         result.losses.append(total_loss)
-        result.grad_norms.append(_grad_norm(engine, step.kind, minibatch))
+        result.grad_norms.append(_grad_norm(engine, step, minibatch))
         if len(result.findings) == before and not np.isfinite([total_loss, result.grad_norms[-1]]).all():
             what = f"every micro-batch is finite, but not their sum: loss {total_loss:g}, norm of the gradient {result.grad_norms[-1]:g}"
             result.findings.append(Finding(f"mini-batch {m}", what))
@@ -66,17 +68,17 @@ class _Replay:
     """One micro-batch, forward and backward, watched."""
 
     def __init__(
-        self, engine: TrainEngine, kind: str, minibatch: FailedMinibatch, microbatch: Microbatch, proximal: NDArray[np.float32] | None
+        self, engine: TrainEngine, step: FailedStep, minibatch: FailedMinibatch, microbatch: Microbatch, known: NDArray[np.float32] | None
     ) -> None:
-        self._engine, self._kind, self._denominator = engine, kind, minibatch.denominator
-        self._microbatch, self._proximal = microbatch, proximal
+        self._engine, self._step, self._minibatch = engine, step, minibatch
+        self._microbatch, self._known = microbatch, known
         self.loss = 0.0
 
     def findings(self) -> list[str]:
         found = self._bad_inputs()
         x = to_device(self._microbatch, self._engine.device, self._engine.version)
         with _watched(self._engine.model, x) as seen:
-            self.loss, bad_gradients = self._run(x, self._proximal)
+            self.loss, bad_gradients = self._run(x, self._known)
         is_bad = bool(seen or bad_gradients) or not np.isfinite(self.loss)
         if not is_bad:
             return found
@@ -95,16 +97,18 @@ class _Replay:
         found.append(f"alone not finite: sequence {told}" if culprits else "no sequence of it alone is not finite")
         return found
 
-    def _run(self, x: Inputs, proximal: NDArray[np.float32] | None) -> tuple[float, list[str]]:
+    def _run(self, x: Inputs, known: NDArray[np.float32] | None) -> tuple[float, list[str]]:
         """The loss, and the parameters whose gradients are not finite."""
         stats = StepStats(self._engine.device)
-        _backward(self._engine, self._kind, x, proximal, self._denominator, stats)
+        _backward(self._engine, self._step, self._minibatch, x, known, stats)
         bad = [n for n, p in self._engine.model.named_parameters() if p.grad is not None and _count_bad(full_tensor(p.grad))]
         self._engine.model.zero_grad(set_to_none=True)
         return float(stats.minibatch_loss), bad
 
     def _bad_inputs(self) -> list[str]:
-        fields = {f.name: getattr(self._microbatch, f.name) for f in dataclasses.fields(self._microbatch)} | {"proximal": self._proximal}
+        fields = {f.name: getattr(self._microbatch, f.name) for f in dataclasses.fields(self._microbatch)} | {
+            self._name_of_known: self._known
+        }
         lengths = np.diff(self._microbatch.cu_seqlens).tolist()
         found = []
         for name, values in fields.items():
@@ -113,32 +117,42 @@ class _Replay:
                 found.append(f"{name} (handed in) of {_place(lengths, first)}: {values[first]}, {int((~finite).sum())} in all")
         return found
 
+    @property
+    def _name_of_known(self) -> str:
+        return "reference log-prob" if self._step.kind == "dpo" else "proximal log-prob"
+
     def _bad_sequences(self) -> list[int]:
-        bounds = self._microbatch.cu_seqlens.tolist()
+        """Of pairs, which mean something together only, the first ones."""
+        width = 2 if self._step.kind == "dpo" and len(self._microbatch.cu_seqlens) > 2 else 1
+        bounds = self._microbatch.cu_seqlens[::width].tolist()
         bad = []
         for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
             alone = _cut(self._microbatch, begin, end)
-            proximal = None if self._proximal is None else self._proximal[begin:end]
-            loss, gradients = self._run(to_device(alone, self._engine.device, self._engine.version), proximal)
+            known = None if self._known is None else self._known[begin:end]
+            loss, gradients = self._run(to_device(alone, self._engine.device, self._engine.version), known)
             if gradients or not np.isfinite(loss):
-                bad.append(s)
+                bad.append(s * width)
         return bad
 
 
 def _backward(
-    engine: TrainEngine, kind: str, x: Inputs, proximal: NDArray[np.float32] | None, denominator: float, stats: StepStats
+    engine: TrainEngine, step: FailedStep, minibatch: FailedMinibatch, x: Inputs, known: NDArray[np.float32] | None, stats: StepStats
 ) -> None:
-    if kind == "sft":
-        engine.sft_backward(x, denominator, stats)
+    tensor = None if known is None else torch.from_numpy(known).to(engine.device)
+    if step.kind == "sft":
+        sft_backward(engine.actor, x, minibatch.denominator, stats)
+    elif step.kind == "dpo":
+        assert step.preferences is not None and tensor is not None
+        dpo_backward(engine.actor, step.preferences, x, tensor, minibatch.denominator, stats)
     else:
-        engine.backward(x, None if proximal is None else torch.from_numpy(proximal).to(engine.device), denominator, stats)
+        engine.backward(x, tensor, minibatch.progress, RankMinibatch([], minibatch.denominator, minibatch.policy_denominator), stats)
 
 
-def _grad_norm(engine: TrainEngine, kind: str, minibatch: FailedMinibatch) -> float:
+def _grad_norm(engine: TrainEngine, step: FailedStep, minibatch: FailedMinibatch) -> float:
     stats = StepStats(engine.device)
-    for turns, proximal in zip(minibatch.ranks, minibatch.proximal, strict=True):
-        for microbatch, known in zip(turns, proximal, strict=True):
-            _backward(engine, kind, to_device(microbatch, engine.device, engine.version), known, minibatch.denominator, stats)
+    for turns, of_each in zip(minibatch.ranks, minibatch.known, strict=True):
+        for microbatch, known in zip(turns, of_each, strict=True):
+            _backward(engine, step, minibatch, to_device(microbatch, engine.device, engine.version), known, stats)
     gradients = [full_tensor(p.grad) for p in engine.model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     engine.model.zero_grad(set_to_none=True)
@@ -146,14 +160,15 @@ def _grad_norm(engine: TrainEngine, kind: str, minibatch: FailedMinibatch) -> fl
 
 
 def _cut(microbatch: Microbatch, begin: int, end: int) -> Microbatch:
-    """One of its sequences, tokens ``begin`` to ``end``, as a micro-batch."""
+    """Its sequences from token ``begin`` to ``end`` as a micro-batch."""
     n = microbatch.n_tokens
     parts: dict[str, Any] = {}
     for f in dataclasses.fields(microbatch):
         value = getattr(microbatch, f.name)
         is_of_tokens = isinstance(value, np.ndarray) and len(value) == n and f.name != "cu_seqlens"
         parts[f.name] = value[begin:end] if is_of_tokens else value
-    parts["cu_seqlens"] = np.array([0, end - begin], np.int32)
+    cu_seqlens = microbatch.cu_seqlens
+    parts["cu_seqlens"] = (cu_seqlens[(cu_seqlens >= begin) & (cu_seqlens <= end)] - begin).astype(np.int32)
     return Microbatch(**parts)
 
 

@@ -13,22 +13,23 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
-from areal.config import ActorConfig
+from areal.config import ActorConfig, DPOConfig
 from areal.trainer.checkpoint import write_checkpoint
 from areal.types import Microbatch
 
 if TYPE_CHECKING:
-    from areal.trainer.engine import TrainEngine
+    from areal.trainer.engine import RankMinibatch, TrainEngine
 
-_PROXIMAL = "proximal"
+_KNOWN = "known"
 
 
 @dataclass
@@ -36,19 +37,24 @@ class FailedMinibatch:
     """One that was skipped: its micro-batches, by rank once they were gathered."""
 
     denominator: float
+    policy_denominator: float | None
+    progress: float
+    """As ``ppo_backward`` takes it."""
     ranks: list[list[Microbatch]]
-    proximal: list[list[NDArray[np.float32] | None]]
-    """The proximal log-probs [T] of each; None: those of the weights themselves."""
+    known: list[list[NDArray[np.float32] | None]]
+    """Of each: the proximal log-probs [T], where they were recomputed; on preferences those of the reference."""
 
 
 class NonFiniteGradients(RuntimeError):
     """Too many optimizer steps in a row had a loss or gradients with NaN or infinity."""
 
-    def __init__(self, message: str, kind: Literal["ppo", "sft"], minibatches: list[FailedMinibatch]) -> None:
+    def __init__(self, message: str, kind: str, minibatches: Sequence[FailedMinibatch] = (), preferences: DPOConfig | None = None) -> None:
         super().__init__(message)
         self.kind = kind
-        self.minibatches = minibatches
+        """ppo, sft or dpo; critic, which is not dumped."""
+        self.minibatches = list(minibatches)
         """Those of the last train step that were skipped, this rank's part."""
+        self.preferences = preferences
 
 
 @dataclass
@@ -58,8 +64,9 @@ class FailedStep:
     actor: ActorConfig
     temperature: float
     version: int
-    kind: Literal["ppo", "sft"]
+    kind: str
     minibatches: list[FailedMinibatch]
+    preferences: DPOConfig | None = None
     weights: Path = field(default_factory=Path)
 
 
@@ -69,7 +76,7 @@ def dump(engine: TrainEngine, error: NonFiniteGradients, folder: Path) -> str:
     gathered = _gather(engine, error.minibatches)
     text = ""
     if gathered is not None and weights is not None:
-        step = FailedStep(engine.config, engine.temperature, engine.version, error.kind, gathered)
+        step = FailedStep(engine.config, engine.temperature, engine.version, error.kind, gathered, error.preferences)
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -97,17 +104,15 @@ def _gather(engine: TrainEngine, own: list[FailedMinibatch]) -> list[FailedMinib
     if parts is None:
         return None
     parts = parts[:: engine.mesh.layout.context]
-    return [
-        FailedMinibatch(same[0].denominator, [m.ranks[0] for m in same], [m.proximal[0] for m in same]) for same in zip(*parts, strict=True)
-    ]
+    return [replace(same[0], ranks=[m.ranks[0] for m in same], known=[m.known[0] for m in same]) for same in zip(*parts, strict=True)]
 
 
 def _write(step: FailedStep, folder: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {}
     for m, minibatch in enumerate(step.minibatches):
-        for r, (microbatches, proximal) in enumerate(zip(minibatch.ranks, minibatch.proximal, strict=True)):
-            for t, (microbatch, known) in enumerate(zip(microbatches, proximal, strict=True)):
-                fields = {f.name: getattr(microbatch, f.name) for f in dataclasses.fields(Microbatch)} | {_PROXIMAL: known}
+        for r, (microbatches, of_each) in enumerate(zip(minibatch.ranks, minibatch.known, strict=True)):
+            for t, (microbatch, known) in enumerate(zip(microbatches, of_each, strict=True)):
+                fields = {f.name: getattr(microbatch, f.name) for f in dataclasses.fields(Microbatch)} | {_KNOWN: known}
                 arrays |= {f"{m}.{r}.{t}.{name}": value for name, value in fields.items() if value is not None}
     np.savez_compressed(folder / "batch.npz", allow_pickle=False, **arrays)
     facts = {
@@ -115,7 +120,16 @@ def _write(step: FailedStep, folder: Path) -> None:
         "version": step.version,
         "temperature": step.temperature,
         "actor": step.actor.model_dump(mode="json"),
-        "minibatches": [{"denominator": m.denominator, "turns": [len(turns) for turns in m.ranks]} for m in step.minibatches],
+        "preferences": None if step.preferences is None else step.preferences.model_dump(mode="json"),
+        "minibatches": [
+            {
+                "denominator": m.denominator,
+                "policy_denominator": m.policy_denominator,
+                "progress": m.progress,
+                "turns": [len(turns) for turns in m.ranks],
+            }
+            for m in step.minibatches
+        ],
     }
     (folder / "replay.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -126,22 +140,24 @@ def load(folder: Path) -> FailedStep:
     with np.load(folder / "batch.npz") as arrays:
         minibatches = []
         for m, about in enumerate(facts["minibatches"]):
-            ranks = [[_read(arrays, f"{m}.{r}.{t}.") for t in range(n)] for r, n in enumerate(about["turns"])]
-            proximal = [[_optional(arrays, f"{m}.{r}.{t}.{_PROXIMAL}") for t in range(n)] for r, n in enumerate(about["turns"])]
-            minibatches.append(FailedMinibatch(about["denominator"], ranks, proximal))
+            turns = about["turns"]
+            ranks = [[_read(arrays, f"{m}.{r}.{t}.") for t in range(n)] for r, n in enumerate(turns)]
+            known = [[arrays.get(f"{m}.{r}.{t}.{_KNOWN}") for t in range(n)] for r, n in enumerate(turns)]
+            minibatches.append(FailedMinibatch(about["denominator"], about["policy_denominator"], about["progress"], ranks, known))
     # Where the model came from is of no interest any more: it is loaded from the folder.
     actor = ActorConfig.model_validate({**facts["actor"], "path": str(folder / "weights"), "init_from_scratch": None})
-    return FailedStep(actor, facts["temperature"], facts["version"], facts["kind"], minibatches, folder / "weights")
+    preferences = None if facts["preferences"] is None else DPOConfig.model_validate(facts["preferences"])
+    return FailedStep(actor, facts["temperature"], facts["version"], facts["kind"], minibatches, preferences, folder / "weights")
 
 
 def _read(arrays: Any, prefix: str) -> Microbatch:
-    return Microbatch(**{f.name: _optional(arrays, prefix + f.name) for f in dataclasses.fields(Microbatch)})
+    found = {f.name: arrays.get(prefix + f.name) for f in dataclasses.fields(Microbatch)}
+    return Microbatch(**{**found, "members": found["members"].tolist()})
 
 
-def _optional(arrays: Any, name: str) -> NDArray[Any] | None:
-    return arrays.get(name, None)
-
-
-def as_numpy(proximal: Sequence[Any]) -> list[NDArray[np.float32] | None]:
-    """Tensors of a device, or None."""
-    return [None if p is None else p.detach().float().cpu().numpy() for p in proximal]
+def failed_minibatch(minibatch: RankMinibatch, known: Sequence[Tensor | None], progress: float) -> FailedMinibatch:
+    """This rank's part of one, with ``known`` of each micro-batch (without what a context rank added to it)."""
+    arrays = [
+        None if k is None else k[: mb.n_tokens].detach().float().cpu().numpy() for mb, k in zip(minibatch.microbatches, known, strict=True)
+    ]
+    return FailedMinibatch(minibatch.denominator, minibatch.policy_denominator, progress, [minibatch.microbatches], [arrays])

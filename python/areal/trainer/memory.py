@@ -105,7 +105,8 @@ def estimate_memory(config: GRPOConfig, model_folder: Path, device: Literal["cpu
     sharded = layout.world_size > 1 or itemsize < 4
     parameters, gradients, optimizer = _fixed(config, shape, n_shards)
     n_critics = config.critic is not None and not config.critic.shared
-    others = itemsize * shape.n / n_shards * config.uses_ref + (parameters + gradients + optimizer) * n_critics
+    of_ref = config.uses_ref and (actor.lora is None or bool(config.ref.path) or config.warmup is not None)  # else the actor's own base
+    others = itemsize * shape.n / n_shards * of_ref + (parameters + gradients + optimizer) * n_critics
     of_layer = shape.saved / shape.n_layers
     saved = shape.saved
     if actor.gradient_checkpointing:
@@ -129,15 +130,16 @@ def estimate_memory(config: GRPOConfig, model_folder: Path, device: Literal["cpu
 
 def _fixed(config: GRPOConfig, shape: _Shape, n_shards: int) -> tuple[float, float, float]:
     """Float32 master weights, gradients and optimizer state of this rank; with adapters only these have the last two."""
-    trained: float = shape.n
+    trained, parameters = float(shape.n), 4.0 * shape.n
     if (lora := config.actor.lora) is not None:
         trained = 2 * lora.rank * (shape.n - shape.root) / shape.hidden  # each matrix [a, b] gets rank * (a + b)
+        parameters = (2 if config.actor.dtype == "bfloat16" else 4) * shape.n + 4 * trained
     gradients = 4 * trained / n_shards
     if config.actor.optimizer.type == "muon" and lora is None:
         in_layers = shape.n - shape.root
         momentary = 14 * shape.same_matrices  # float32 directions and their stack, three matrices in bfloat16
-        return 4 * shape.n / n_shards, gradients, (4 * in_layers + 8 * shape.root) / n_shards + momentary
-    return 4 * shape.n / n_shards, gradients, 8 * trained / n_shards
+        return parameters / n_shards, gradients, (4 * in_layers + 8 * shape.root) / n_shards + momentary
+    return parameters / n_shards, gradients, 8 * trained / n_shards
 
 
 def _head(shape: _Shape, itemsize: int, tokens: float, device: str) -> float:

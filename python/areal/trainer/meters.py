@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from areal.models.heads import head_of
 from areal.models.loading import decoder_layers
 from areal.trainer.inputs import Inputs
 
@@ -156,9 +155,9 @@ class ModelFlops:
                 part = p.numel() * (used if p.ndim == 3 or ".experts." in name else 1.0)
                 self._weights += part
                 self._trained += part if p.requires_grad else 0.0
-        head = head_of(model).projection.weight
-        self._head = float(head.numel())
-        self._head_trained = self._head if head.requires_grad else 0.0
+        head = model.get_output_embeddings()  # a value model has none, and one column in its place
+        self._head = float(head.weight.numel()) if head is not None else 0.0
+        self._head_trained = self._head if head is not None and head.weight.requires_grad else 0.0
         self._attention = _attention_of(config)
 
     def forward(self, lengths: Sequence[int], n_computed: int, n_rows: int) -> float:

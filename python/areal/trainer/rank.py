@@ -14,12 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from areal.config import GRPOConfig, OptimizerConfig
+from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
 from areal.launcher.local import die_with_parent
 from areal.trainer.rpc import Failure, Server
 from areal.types import Microbatch
 
 if TYPE_CHECKING:
+    from areal.weight_sync.adapter import AdapterInfo
     from areal.weight_sync.stream import SendResult, Target
 
 log = logging.getLogger("areal.trainer")
@@ -33,6 +34,8 @@ class Rank:
         self._publisher: Any = None
         self._writer: Any = None
         self._sender: Any = None
+        self._adapter: AdapterInfo | None = None
+        """What servers are told of the adapters, where these go to them alone."""
 
     def rpc_init(self, config: GRPOConfig, model_folder: Path, run_folder: Path, rank: int, rendezvous: str, shm_name: str) -> None:
         import torch
@@ -48,38 +51,61 @@ class Rank:
         device = _device(actor.device, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if world_size > 1 or actor.dtype != "float32":
+        offload = any(section is not None and section.offload for section in (actor, config.ref, config.critic))
+        if world_size > 1 or actor.dtype != "float32" or offload:
             torch.distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                ("cpu:gloo,cuda:nccl" if offload else "nccl") if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=world_size,
                 timeout=timedelta(seconds=actor.step_timeout),
             )
+            torch.distributed.barrier()  # NCCL: what some ranks send each other later needs a communicator that all of them made
         self._engine = TrainEngine(
-            model_folder, actor, temperature=config.gconfig.temperature, mesh=RankMesh(device, rank, config.trainer_layout)
+            model_folder,
+            actor,
+            temperature=config.gconfig.temperature,
+            mesh=RankMesh(device, rank, config.trainer_layout),
+            critic=config.critic,
+            ref=config.ref if config.uses_ref else None,
+            warms_up=config.warmup is not None,
+            seed=config.seed,
         )
         self._is_first = rank == 0
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
-        if config.layout.engine == "sglang" or config.transport == "disk":
+        bucket_bytes = config.weight_sync.bucket_mb << 20
+        if actor.lora is not None and actor.lora.sync == "adapter":
+            self._adapter = self._engine.use_adapters_alone(bucket_bytes)
+            bucket_bytes = sys.maxsize  # one file
+        elif config.layout.engine == "sglang" or config.transport == "disk":
             self._engine.use_checkpoint_names()  # the embedded engine's parameters have the trainer's own names
-        self._buckets = self._engine.gatherer.bucket_plan(config.weight_sync.bucket_mb << 20)
+        self._buckets = self._engine.gatherer.bucket_plan(bucket_bytes)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
             if config.transport == "shm":
-                self._publisher = ShmPublisher(shm_name, self._engine.manifest())
+                self._publisher = ShmPublisher(shm_name, self._engine.gatherer.manifest(), self._adapter)
             self._writer = CheckpointWriter(self._engine.template, model_folder, self._saved)
-        n = sum(p.numel() for p in self._engine.model.parameters())
-        log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
+        n, trained = (sum(p.numel() for p in self._engine.model.parameters() if p.requires_grad >= least) for least in (False, True))
+        name = type(self._engine.model).__name__
+        log.info("rank %d of %d on %s: %s, %s parameters, %s of them trained", rank, world_size, device, name, f"{n:,}", f"{trained:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+    def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        with self._explained():
+            return self._engine.score(minibatches, critic, logprobs)
+
+    def rpc_start_from_actor(self) -> None:
+        self._engine.start_from_actor()
+
+    def rpc_train_step(
+        self, minibatches: list[tuple[list[Microbatch], float, float | None]], critic: list[tuple[list[Microbatch], float, float | None]]
+    ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
         with self._explained():
-            stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+            stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
@@ -87,6 +113,13 @@ class Rank:
 
         with self._explained():
             stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        return stats if self._is_first else None
+
+    def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
+        from areal.trainer.engine import RankMinibatch
+
+        with self._explained():
+            stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
         return stats if self._is_first else None
 
     @contextmanager
@@ -98,8 +131,10 @@ class Rank:
         try:
             yield
         except NonFiniteGradients as error:
-            folder = self._run_folder / "replay" / f"{'step' if error.kind == 'ppo' else 'supervised'}_{self._engine.version + 1:06d}"
-            raise type(error)(f"{error}; {dump(self._engine, error, folder)}", error.kind, error.minibatches) from None
+            if not error.minibatches:
+                raise
+            folder = self._run_folder / "replay" / f"{'step' if error.kind == 'ppo' else error.kind}_{self._engine.version + 1:06d}"
+            raise type(error)(f"{error}; {dump(self._engine, error, folder)}", error.kind) from None
         except RuntimeError as error:
             if (advice := explain_out_of_memory(error, self._config, self._model_folder)) is None:
                 raise
@@ -125,7 +160,7 @@ class Rank:
         from areal.weight_sync.transports import make_sender
 
         if self._is_first and self._sender is None:
-            self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
+            self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device, self._adapter)
         self._engine.version = version
         gatherer = self._engine.gatherer
         if self._config.layout.engine == "sglang":
@@ -147,9 +182,9 @@ class Rank:
         return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
-        weights = self._engine.snapshot()
+        weights, adapter = self._engine.snapshot(), self._engine.adapter_snapshot()
         if weights is not None:
-            self._writer.start(folder, weights)
+            self._writer.start(folder, weights, adapter)
 
     def _saved(self, folder: Path, error: str | None, begin: float, end: float) -> None:
         if error is not None:

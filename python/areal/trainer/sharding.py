@@ -7,25 +7,34 @@ import types
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from areal.models.heads import packed_logprobs, packed_ppo_loss
+from areal.models.heads import packed_logprobs, packed_ppo_loss, packed_values
 from areal.models.loading import decoder_layers
 
-_HEAD_METHODS = (packed_logprobs, packed_ppo_loss)
+_HEAD_METHODS = (packed_logprobs, packed_ppo_loss, packed_values)
 
 
 def add_head_methods(model: PreTrainedModel) -> None:
-    """Makes ``packed_logprobs`` and ``packed_ppo_loss`` methods: FSDP unshards the root, which owns embedding, norm and head, around
+    """Makes ``packed_logprobs``, ``packed_ppo_loss`` and ``packed_values`` methods: FSDP unshards the root, which owns embedding, norm and head, around
     methods only."""
     for function in _HEAD_METHODS:
         setattr(model, function.__name__, types.MethodType(function, model))
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
     """Shards in place; ``model`` holds float32 master weights, products run in ``dtype``, gradients are summed in float32.
+
+    ``mesh`` is (shards,), or (replicas, shards): HSDP. ``offload`` keeps shards, gradients and what the optimizer makes of them in host memory.
 
     Tied weights lie in one unit, the root, because only the layers are units of their own; a layer that shares a parameter with
     anything outside of it would be untied silently, so that is a ``ValueError``.
@@ -36,9 +45,13 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) ->
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
+    if (value_head := getattr(model, "value_head", None)) is not None:  # float32 in every product, so it is a unit of its own
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(value_head, mesh=mesh, mp_policy=whole, offload_policy=place)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -65,3 +78,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor: a collective that every rank must take part in."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -24,14 +24,26 @@ _MEANS = {
     "importance_weight_mean": "importance_weight",
     "kl_proximal": "kl_proximal",
     "kl_behaviour": "kl_behaviour",
+    "kl_ref": "kl_ref",
     "entropy": "entropy",
+    "value_loss": "value_loss",
+    "value_clip_fraction": "value_clipped",
+}
+# Of training on preferences: divided by the number of pairs.
+_PAIR_MEANS = {
+    "preference_accuracy": "preferred",
+    "margin": "margin",
+    "chosen_reward": "chosen_reward",
+    "rejected_reward": "rejected_reward",
 }
 
 
 class StepStats:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, counts: bool = True, meter: PhaseMeter | None = None) -> None:
+        """``counts``: whether sums are added here, not on another rank that has the same ones; ``meter``: that of another part of the step."""
+        self._counts = counts
         self._device = device
-        self._meter = PhaseMeter(device)
+        self.meter = meter or PhaseMeter(device)
         self._flops = 0.0
         self._minibatch_loss = torch.zeros((), device=device)
         self._sums: dict[str, Tensor] = {}
@@ -48,7 +60,7 @@ class StepStats:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """What runs within it belongs to this one of ``meters.PHASES``."""
-        return self._meter.phase(name)
+        return self.meter.phase(name)
 
     def add_flops(self, flops: float) -> None:
         self._flops += flops
@@ -62,10 +74,13 @@ class StepStats:
         if "loss" in sums:
             self._minibatch_loss = self._minibatch_loss + sums["loss"]
         for name, value in sums.items():
+            value = value if self._counts else torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def add_drift(self, trainer: Tensor, engine: Tensor, fresh: Tensor) -> None:
         """Log-probs [T] of the same tokens under the same version, by trainer and by rollout engine; ``fresh`` marks those tokens."""
+        if not self._counts:
+            return
         difference = (trainer - engine).abs().masked_fill(~fresh, 0.0)
         self._drift_max = torch.maximum(self._drift_max, difference.max())
         self._drift_sum = self._drift_sum + difference.sum()
@@ -78,14 +93,14 @@ class StepStats:
         else:
             self._skipped += 1
 
-    def result(self, world_size: int, n_minibatches: int, peak_flops: float) -> dict[str, Any]:
+    def result(self, world_size: int, n_minibatches: int, peak_flops: float = 0.0) -> dict[str, Any]:
         """Over all ranks (a collective); the loss is the mean of the mini-batches, a mean without tokens or steps is None.
 
         ``peak_flops``: FLOP/s of this rank's device in a matrix product. Of the meters FLOPs and ``peak_flops`` are sums over the ranks,
         seconds means, memory is that of the rank that needs most.
         """
         names = sorted(self._sums)
-        seconds, peaks = self._meter.result()
+        seconds, peaks = self.meter.result()
         phases = [*PHASES, "other"]
         metered = torch.tensor([self._flops, peak_flops, *(seconds[p] / world_size for p in phases)], dtype=torch.float64)
         sums = torch.stack([*(self._sums[name].float() for name in names), self._drift_sum, self._drift_n]).double()
@@ -103,6 +118,7 @@ class StepStats:
             "loss": total["loss"] / n_minibatches,
             "n_tokens": int(n_tokens),
             **{name: total[key] / n_tokens if n_tokens else None for name, key in _MEANS.items() if key in total},
+            **{name: total[key] / total["n_pairs"] for name, key in _PAIR_MEANS.items() if total.get("n_pairs")},
             "grad_norm": sum(self._norms) / len(self._norms) if self._norms else None,
             "skipped_nonfinite": self._skipped,
             "logprob_drift": {
