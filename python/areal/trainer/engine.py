@@ -262,7 +262,7 @@ class TrainEngine:
         Returns those statistics of ``train_step`` that apply, and the means over pairs preference_accuracy, margin, chosen_reward and
         rejected_reward.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
         with stats.phase("recompute"):
