@@ -155,9 +155,9 @@ class ModelFlops:
                 part = p.numel() * (used if p.ndim == 3 or ".experts." in name else 1.0)
                 self._weights += part
                 self._trained += part if p.requires_grad else 0.0
-        head = model.get_output_embeddings()  # a value model has none, and one column in its place
-        self._head = float(head.weight.numel()) if head is not None else 0.0
-        self._head_trained = self._head if head is not None and head.weight.requires_grad else 0.0
+        head = getattr(model.get_output_embeddings(), "weight", None)  # None: a value model, which has one column in its place
+        self._head = 0.0 if head is None else float(head.numel())
+        self._head_trained = self._head if head is not None and head.requires_grad else 0.0
         self._attention = _attention_of(config)
 
     def forward(self, lengths: Sequence[int], n_computed: int, n_rows: int) -> float:
