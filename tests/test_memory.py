@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_estimate_is_near_the_measured_peak(folders):
-    cases = [("many_tokens", 8192, {}), ("many_parameters", 128, {}), ("many_parameters", 128, {"dtype": "bfloat16"})]
+    cases = [("many_tokens", 4096, {}), ("many_parameters", 128, {}), ("many_parameters", 128, {"dtype": "bfloat16"})]
     argv = [[sys.executable, "-c", MEASURE, str(folders / n), str(t), json.dumps(a), str(Path(__file__).parent)] for n, t, a in cases]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in argv]
     for case, process in zip(cases, running, strict=True):
@@ -70,7 +70,7 @@ def test_estimate_is_near_the_measured_peak(folders):
         measured, estimated = json.loads(out)
         if not measured:
             pytest.skip("no /proc/self/clear_refs here")
-        assert estimated > 900, "libraries alone must not make it right"
+        assert estimated > 700, "libraries alone must not make it right"
         assert measured / estimated == pytest.approx(1.0, abs=memory.ERROR), case
 
 

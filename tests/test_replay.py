@@ -2,14 +2,10 @@
 
 import asyncio
 import json
-import multiprocessing
-import os
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_dpo import make_pairs
 from test_trainer_engine import make_engine, rank_part
@@ -22,7 +18,6 @@ from areal.trainer.diagnosis import diagnose
 from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
 from areal.trainer.failed_step import dump, failed_minibatch, load
 from areal.trainer.inputs import to_device
-from areal.trainer.mesh import RankMesh
 from areal.trainer.step_stats import StepStats
 from areal.trainer.worker import TrainerHandle, WorkerFailed
 
@@ -232,35 +227,3 @@ def test_loss_that_is_not_finite_with_finite_gradients_skips_the_step(model_fold
         step = engine.actor.optimizer_step(1.0, loss)
         assert (step.finite, np.isfinite(step.grad_norm)) == (finite, True)
         assert all(torch.equal(before[n], w) for n, w in engine.weights().items()) != finite
-
-
-def run_rank(folder, rank):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    config = make_config(folder / "model", folder, backend="fsdp:d2")
-    engine = TrainEngine(folder / "model", config.actor, mesh=RankMesh(torch.device("cpu"), rank, config.trainer_layout))
-    batch = make_batch(world_size=2)
-    skipped = []
-    for lost_on in (1, None):
-        before = {n: p.full_tensor().detach().clone() for n, p in engine.model.named_parameters()}
-        (minibatch,) = rank_part(batch, rank)
-        engine.backward(to_device(minibatch.microbatches[0], engine.device, 0), None, 0.0, minibatch, StepStats(engine.device))
-        step = engine.actor.optimizer_step(1.0, torch.tensor(float("nan") if rank == lost_on else 0.5))
-        same = all(torch.equal(before[n], p.full_tensor()) for n, p in engine.model.named_parameters())
-        skipped.append([step.finite, same])
-    (folder / f"rank{rank}.json").write_text(json.dumps(skipped))
-    dist.destroy_process_group()
-
-
-def test_loss_of_one_rank_skips_the_step_of_all(model_folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(tmp_path, rank)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(150)
-        if process.is_alive():
-            process.kill()
-    assert [p.exitcode for p in processes] == [0, 0]
-    assert [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)] == [[[False, True], [True, False]]] * 2
