@@ -9,7 +9,7 @@ from test_trainer_engine import make_engine, rank_part
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_setup import MODEL, make_batch, save_small_model
 
-from areal.metrics import RunTotals, train_row
+from areal.metrics import RunTotals, meter_row
 from areal.models.attention import PackedContext
 from areal.models.loading import create_model, forward_hidden
 from areal.trainer.engine import TrainEngine
@@ -144,7 +144,7 @@ def test_meters_of_a_step(model_folder, tmp_path):
             expected += forward * (3 if index == 0 else 4)
     assert meters["model_flops"] == expected
 
-    row = train_row(stats, 2 * wall)
+    row = meter_row(meters, 2 * wall)
     assert sum(row[f"{phase}_seconds"] for phase in (*PHASES, "other")) == pytest.approx(2 * wall)
     assert row["mfu"] == pytest.approx(expected / (2 * wall) / meters["peak_flops_per_s"])
     assert row["model_flops_per_s"] == pytest.approx(expected / (2 * wall))

@@ -147,21 +147,11 @@ _PHASES = ("recompute", "forward", "backward", "optimizer", "other")
 """Of a train step: ``trainer.meters.PHASES`` and what is none of them."""
 
 
-def mfu(meters: Mapping[str, Any], seconds: float) -> float:
-    """Model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product."""
-    return meters["model_flops"] / seconds / meters["peak_flops_per_s"]
-
-
-def train_row(stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """The trainer's part of the row; ``seconds``: the whole train step, from the batch to its statistics.
-
-    What of it is in no phase of the ranks (packing, the way to them, what they prepare and count) is ``other_seconds``.
-    """
+def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's part of the row."""
     keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
-    drift, meters = stats["logprob_drift"], stats["meters"]
+    drift = stats["logprob_drift"]
     of_critic = ("value_loss", "value_clip_fraction", "critic_grad_norm", "critic_skipped_nonfinite")
-    phases = {phase: meters["seconds"][phase] for phase in _PHASES}
-    phases["other"] += seconds - sum(phases.values())
     return {
         **{key: stats[key] for key in keys},
         **{key: stats[key] for key in _OF_OBJECTIVES if key in stats},
@@ -169,11 +159,27 @@ def train_row(stats: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         "logprob_drift_mean": drift["mean_abs"],
         "logprob_drift_max": drift["max_abs"],
         "logprob_drift_tokens": drift["n"],
+    }
+
+
+def meter_row(meters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What a train step cost; ``seconds``: the whole of it, from the batch to its statistics.
+
+    What of it is in no phase of the ranks (packing, the way to them, what they prepare and count) is ``other_seconds``.
+    """
+    phases = {phase: meters["seconds"][phase] for phase in _PHASES}
+    phases["other"] += seconds - sum(phases.values())
+    return {
         "model_flops_per_s": meters["model_flops"] / seconds,
         "mfu": mfu(meters, seconds),
         **{f"{phase}_seconds": of_phase for phase, of_phase in phases.items()},
         **{f"{phase}_peak_mb": peak for phase, peak in meters["peak_mb"].items()},
     }
+
+
+def mfu(meters: Mapping[str, Any], seconds: float) -> float:
+    """Model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product."""
+    return meters["model_flops"] / seconds / meters["peak_flops_per_s"]
 
 
 class StepClock:
