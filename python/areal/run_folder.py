@@ -6,6 +6,7 @@ fileroot/experiment_name/trial_name/
     logs/            one file a process
     metrics.jsonl    one row a train step;  timeline.jsonl, tensorboard/, trajectories.jsonl
     checkpoints/     Hugging Face checkpoints;  final/ is the result
+    replay/          a train step that was not finite, for areal replay-batch
     summary.json     written last
 """
 

@@ -142,16 +142,8 @@ def packed_ppo_loss(
         of_sequences |= part is not None  # whose own rows do not tell how long a sequence is
     if head.is_product and inputs.is_fused and not of_sequences:
         mask = torch.ones_like(own, dtype=torch.bool)
-        result = linear_ppo_loss(
-            hidden,
-            head.projection.weight,
-            targets,
-            *inputs.at(own)[:3],
-            mask,
-            temperature=temperature / head.scale,
-            memory_budget=memory_budget,
-            **options,
-        )
+        options |= {"temperature": temperature / head.scale, "memory_budget": memory_budget}
+        result = linear_ppo_loss(hidden, head.projection.weight, targets, *inputs.at(own)[:3], mask, **options)
         logprobs, entropy = (_whole(zeros.index_copy(0, own, x), part) for x in (result.logprobs, result.entropy))
         result = result._replace(stats=_whole_sums(result.stats, part), logprobs=logprobs, entropy=entropy)
     else:

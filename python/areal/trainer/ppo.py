@@ -76,7 +76,8 @@ def ppo_backward(
         values=values,
         **loss_options(config),
     )
-    result.loss.backward()
+    with stats.phase("backward"):
+        result.loss.backward()
     if progress == 0:
         stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
     elif recomputed is not None:
