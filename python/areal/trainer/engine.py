@@ -7,7 +7,7 @@ The policy's ``version`` is the one last published: a train step works on it, th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,20 @@ class TrainEngine:
     @property
     def template(self) -> PreTrainedModel:
         return self.actor.template
+
+    @property
+    def models(self) -> dict[str, RankModel]:
+        """Every model that training changes: what a recover checkpoint holds."""
+        return {"actor": self.actor}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What else a later step depends on."""
+        return {"train_steps": self._train_steps, "nonfinite_in_a_row": self._nonfinite_in_a_row, "version": self.version}
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        self._train_steps, self._nonfinite_in_a_row = counters["train_steps"], counters["nonfinite_in_a_row"]
+        self.version = counters["version"]
 
     def set_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer; its state and the count of its steps start again."""
