@@ -295,9 +295,7 @@ class Recovery:
     def _failed(self, step: int, error: OSError) -> None:
         reason = error.strerror or str(error)
         self._cluster.drops.add("recover_failed", reason)
-        self._cluster.display.note(
-            f"the recover checkpoint of step {step} could not be written ({reason}); free space in {self._cluster.run_folder}"
-        )
+        self._cluster.display.note(f"the recover checkpoint of step {step} could not be written to {self._cluster.run_folder}: {reason}")
 
     def _state(self, step: int) -> RunState:
         cluster, rows = self._cluster, self._cluster.train_dataset

@@ -105,7 +105,10 @@ class StateWriter:
         begin, error, files = time.time(), None, Files()
         try:
             files = self._write_files(folder, state, record, n_bytes)
-        except Exception as failure:  # thread boundary: whatever it is, the controller must hear of it
+        except (
+            Exception,
+            CheckpointException,
+        ) as failure:  # the latter is none; thread boundary: the controller must hear of whatever it is
             error = _reason(failure)
         state.clear()
         try:
@@ -153,11 +156,9 @@ class _SpaceChecked(FileSystemWriter):
         return super().prepare_local_plan(plan)
 
 
-def _reason(failure: Exception) -> str:
+def _reason(failure: BaseException) -> str:
     """The first rank's own error, where several failed because of it."""
-    error: BaseException = failure
-    if isinstance(failure, CheckpointException):
-        error = next(iter(failure.failures.values()))[0]
+    error = next(iter(failure.failures.values()))[0] if isinstance(failure, CheckpointException) else failure
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
 
 
@@ -185,7 +186,10 @@ def restore(folder: Path, models: Mapping[str, RankModel], mesh: RankMesh) -> di
             prefix = f"{model_name}/optimizer/{name}/"
             slots |= {key: _like(parameter, entry) for key, entry in found.items() if key.startswith(prefix)}
     state = {name: p.detach() for name, p in parameters.items()} | slots
-    dcp.load(state, storage_reader=reader, no_dist=mesh.world_size == 1)
+    try:
+        dcp.load(state, storage_reader=reader, no_dist=mesh.world_size == 1)
+    except CheckpointException as failure:  # no Exception, so nobody else would catch it
+        raise OSError(f"the recover checkpoint {folder} cannot be loaded: {_reason(failure)}") from failure
     for model_name, model in models.items():
         for name, parameter in saved_parameters(model.model).items():
             prefix = f"{model_name}/optimizer/{name}/"
