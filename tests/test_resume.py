@@ -13,6 +13,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from areal.recover_files import what_is_wrong
 from areal.report import draw_report
 from areal.stats import read_jsonl
 from tests.runs import TrainRun, assert_all_gone
@@ -33,7 +34,7 @@ SAME_BITS = [
     "stats_logger.dump_trajectories=true",
 ]
 CHANGING = {"time", "step_seconds", "wait_seconds", "trainer_busy", "rollout_busy", "gen_tokens_per_s", "train_tokens_per_s"}
-CHANGING |= {"buffer_groups", "inflight_groups", "tokens_generated", "reward_queue_max"}
+CHANGING |= {"buffer_groups", "inflight_groups", "tokens_generated", "reward_queue_max", "dropped"}
 
 
 def digest(run: TrainRun) -> str:
@@ -94,8 +95,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_undisturbed_one(
     summary, undisturbed = run.summary(), calm.summary()
 
     assert digest(run) == digest(calm)
-    assert not any(".partial-" in name for name in checkpoints(run))
-    assert checkpoints(run) == [f"step_{N_STEPS - 1:06d}", f"step_{N_STEPS:06d}"]
+    assert len(checkpoints(run)) == 2 and all(what_is_wrong(run.folder / "recover" / name) == "" for name in checkpoints(run))
     assert [row["step"] for row in rows(run, "metrics")] == list(range(1, N_STEPS + 1))
     for row, want in zip(rows(run, "metrics"), rows(calm, "metrics"), strict=True):
         stays = [k for k in want if k not in CHANGING and not k.startswith("reward_s")]
@@ -104,8 +104,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_undisturbed_one(
     assert [row["when"] for row in rows(run, "evaluations")] == ["before", "after"]
     assert len(rows(run, "trajectories")) == 24 * N_STEPS
     assert rows(run, "trajectories") == rows(calm, "trajectories"), "tokens, versions, log-probs and group numbers"
-    for key in ("accuracy_before", "accuracy_after", "length_after", "train_steps", "tokens_trained", "max_staleness_trained", "dropped"):
+    for key in ("accuracy_before", "accuracy_after", "length_after", "train_steps", "tokens_trained", "max_staleness_trained"):
         assert summary[key] == undisturbed[key], key
+    assert set(summary["dropped"]) <= {"recover_skipped"}, "where writing takes longer than a step"
     board = EventAccumulator(str(run.folder / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("train/reward")] == list(range(1, N_STEPS + 1))

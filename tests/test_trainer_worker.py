@@ -143,7 +143,7 @@ def test_training_waits_for_no_disk_and_a_state_that_cannot_be_written_is_told(m
             await writing
 
         rank = psutil.Process(handle._links[1].process.pid)
-        rank.rlimit(psutil.RLIMIT_FSIZE, (20_000, psutil.RLIM_INFINITY))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (50_000, psutil.RLIM_INFINITY))
         await handle.copy_state(tmp_path / "full")
         with pytest.raises(CheckpointFailed, match="File too large"):
             await handle.state_written(tmp_path / "full")

@@ -24,9 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from areal.random_state import random_state, set_random_state
 from areal.recover_files import Files, file_digest
@@ -120,7 +122,7 @@ class StateWriter:
 
     def _write_files(self, folder: Path, state: dict[str, Tensor], record: dict[str, Any], n_bytes: int) -> Files:
         rank = self._mesh.rank
-        writer = _SpaceChecked(folder / _MODELS, n_bytes)
+        writer = _Writer(folder / _MODELS, n_bytes)
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         own = _rank_file(folder, rank)
         with own.open("w") as file:
@@ -142,7 +144,7 @@ class StateWriter:
         return error, files
 
 
-class _SpaceChecked(FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Sees a disk that is too small before it is full for everybody. Where this raises, all ranks learn of it."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
@@ -154,6 +156,15 @@ class _SpaceChecked(FileSystemWriter):
         if free < self._n_bytes:
             raise OSError(errno.ENOSPC, f"it needs {self._n_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free")
         return super().prepare_local_plan(plan)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save, about the end of a file that could not be written: what was the matter is behind it
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            raise (reason or error) from error
 
 
 def _reason(failure: BaseException) -> str:
