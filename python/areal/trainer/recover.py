@@ -220,7 +220,7 @@ def _check_same(folder: Path, found: Mapping[str, Any], parameters: Mapping[str,
             was, now = (f"the shape {t[name]}" if name in t else "no place" for t in (saved, here))
             raise OtherModel(
                 f"the recover checkpoint {folder} is of another model: '{name}' has {was} there and {now} here; give actor.path, "
-                "actor.init_from_scratch, actor.lora and critic as they were, or start anew with recover.mode=off"
+                "actor.init_from_scratch, actor.lora, critic, warmup as they were, or start anew with recover.mode=off"
             )
 
 
