@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -123,6 +124,7 @@ class StateWriter:
     def _write_files(self, folder: Path, state: dict[str, Tensor], record: dict[str, Any], n_bytes: int) -> Files:
         rank = self._mesh.rank
         writer = _Writer(folder / _MODELS, n_bytes)
+        _expect_one_rank()
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         own = _rank_file(folder, rank)
         with own.open("w") as file:
@@ -173,6 +175,11 @@ def _reason(failure: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
 
 
+def _expect_one_rank() -> None:
+    """No warning in the log about a rank that is alone, as it is meant to be."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
 def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:04d}.json"
 
@@ -197,6 +204,7 @@ def restore(folder: Path, models: Mapping[str, RankModel], mesh: RankMesh) -> di
             prefix = f"{model_name}/optimizer/{name}/"
             slots |= {key: _like(parameter, entry) for key, entry in found.items() if key.startswith(prefix)}
     state = {name: p.detach() for name, p in parameters.items()} | slots
+    _expect_one_rank()
     try:
         dcp.load(state, storage_reader=reader, no_dist=mesh.world_size == 1)
     except CheckpointException as failure:  # no Exception, so nobody else would catch it
