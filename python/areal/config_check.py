@@ -15,7 +15,9 @@ from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfi
 from areal.config_check_trainer import (
     check_adapters,
     check_critic_and_reference,
+    check_heads,
     check_objective,
+    check_offload,
     check_peft,
     check_same_vocabulary,
 )
@@ -164,6 +166,7 @@ def _check_context(config: GRPOConfig, longest: int, what: str) -> None:
 def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
     if not isinstance(model.get("model_type"), str):
         raise ConfigError(f"{where} has no model_type", "name a Hugging Face architecture, e.g. model_type: qwen2")
+    check_heads(config, model, where)
     limit = model.get("max_position_embeddings")
     needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
     if config.evaluator.gconfig is not None:
@@ -236,6 +239,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
+    check_offload(config)
     check_peft(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)

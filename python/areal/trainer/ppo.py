@@ -72,10 +72,12 @@ def ppo_backward(
         rows=x.rows,
         denominator=denominator,
         shared=x.shared,
+        part=x.part,
         values=values,
         **loss_options(config),
     )
-    result.loss.backward()
+    with stats.phase("backward"):
+        result.loss.backward()
     if progress == 0:
         stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
     elif recomputed is not None:
