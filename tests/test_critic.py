@@ -198,7 +198,7 @@ def test_shared_layers_get_both_gradients(model_folder, tmp_path):
 def test_the_policy_goes_out_without_its_value_head(model_folder, tmp_path):
     _, plain = make_engine(model_folder, tmp_path)
     _, shared = make_engine(model_folder, tmp_path, {"shared": True})
-    assert shared.manifest() == plain.manifest() and list(shared.weights()) == list(plain.weights())
+    assert shared.gatherer.manifest() == plain.gatherer.manifest() and list(shared.weights()) == list(plain.weights())
     assert shared.gatherer.bucket_plan(1 << 20) == plain.gatherer.bucket_plan(1 << 20)
     assert any("value_head" in n for n, _ in shared.models["actor"].model.named_parameters())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,25 @@ def test_the_denominator_is_never_zero() -> None:
     for trajectory in groups[0].trajectories:
         trajectory.loss_mask[:] = False
     assert make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=64, world_size=1).minibatches[0].denominator == 1.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_denominator_of_the_policy(world_size: int) -> None:
+    groups, advantages = make_groups(4, 3)
+    groups[0].trajectories[1].loss_mask[:] = False
+    samples = [t for group in groups for t in group.trajectories]
+
+    def denominators(**options: Any) -> list[float | None]:
+        batch = make_train_batch(groups, advantages, n_minibatches=2, max_tokens_per_mb=120, world_size=world_size, **options)
+        assert [m.denominator for m in batch.minibatches] == tokens
+        return [m.policy_denominator for m in batch.minibatches]
+
+    tokens = [float(sum(t.loss_mask.sum() for t in half)) for half in (samples[:6], samples[6:])]
+    assert denominators() == denominators(loss_normalization="token") == tokens
+    assert denominators(loss_normalization="sequence") == [5.0, 6.0], "sequences without loss tokens do not count"
+    assert denominators(loss_normalization="fixed", max_new_tokens=50) == [250.0, 300.0]
+    with pytest.raises(ValueError, match="loss_normalization='fixed' needs max_new_tokens"):
+        denominators(loss_normalization="fixed")
 
 
 def test_mistakes_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,15 @@ def make_train_batch(
     n_minibatches: int,
     max_tokens_per_mb: int,
     world_size: int,
+    loss_normalization: Literal["token", "sequence", "fixed"] = "token",
+    max_new_tokens: int | None = None,
 ) -> TrainBatch:
     """Packs ``groups``, in their order, into ``n_minibatches`` that differ by at most one group.
 
-    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's denominator is its number of loss
-    tokens over all ranks, at least 1. ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
+    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's
+    denominator is its number of loss tokens over all ranks, at least 1; that of the policy's loss is, by ``loss_normalization``, the same
+    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``).
+    ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
     samples, or when a sample is longer than ``max_tokens_per_mb``.
     """
     if n_minibatches < 1 or len(groups) < n_minibatches:
@@ -41,7 +46,9 @@ def make_train_batch(
             _check_group(group, group_advantages)
             samples += group.trajectories
             sample_advantages += group_advantages
-        minibatches.append(_make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size))
+        minibatch = _make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size)
+        minibatch.policy_denominator = _policy_denominator(samples, loss_normalization, max_new_tokens)
+        minibatches.append(minibatch)
         n_packed += len(samples)
     return TrainBatch(minibatches, n_groups=len(groups), n_samples=n_packed)
 
@@ -62,6 +69,17 @@ def _make_minibatch(
         for microbatch, members in zip(microbatches, turns, strict=True):
             microbatch.members = [first + i for i in members]
     return Minibatch(ranks, denominator=float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples))))
+
+
+def _policy_denominator(samples: Sequence[Trajectory], normalization: str, max_new_tokens: int | None) -> float:
+    if normalization == "token":
+        return float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples)))
+    sequences = float(max(1, sum(bool(sample.loss_mask.any()) for sample in samples)))
+    if normalization == "sequence":
+        return sequences
+    if not max_new_tokens:
+        raise ValueError(f"loss_normalization='{normalization}' needs max_new_tokens, the length that every sequence counts as")
+    return sequences * max_new_tokens
 
 
 def pack(samples: list[Trajectory], advantages: list[NDArray[np.float32]]) -> Microbatch:

@@ -53,8 +53,15 @@ def _recomputes(config: GRPOConfig) -> bool:
 
 def _pack(config: GRPOConfig, groups: Sequence[Group], world_size: int) -> TrainBatch:
     def cut(section: ActorConfig | CriticConfig) -> TrainBatch:
-        capacity = section.mb_spec.max_tokens_per_mb
-        return make_train_batch(groups, None, n_minibatches=section.ppo_n_minibatches, max_tokens_per_mb=capacity, world_size=world_size)
+        return make_train_batch(
+            groups,
+            None,
+            n_minibatches=section.ppo_n_minibatches,
+            max_tokens_per_mb=section.mb_spec.max_tokens_per_mb,
+            world_size=world_size,
+            loss_normalization=config.actor.loss_normalization,
+            max_new_tokens=config.gconfig.max_new_tokens,
+        )
 
     batch = cut(config.actor)
     if config.critic is not None and not config.critic.shared:

@@ -149,3 +149,5 @@ class Minibatch:
     ranks: list[list[Microbatch]]
     denominator: float
     """Loss tokens of the whole mini-batch over all ranks: the loss is sum / denominator."""
+    policy_denominator: float | None = None
+    """That of the policy's loss, by ``actor.loss_normalization``; None: ``denominator``."""

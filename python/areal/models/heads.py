@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from areal.algo.policy_loss import KLEstimator, PPOInputs, policy_loss
 from areal.models.attention import AttentionContext, PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
@@ -18,12 +20,13 @@ from areal.models.ulysses import ContextPart, UlyssesContext
 from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
-from areal.ops.ppo_loss import ppo_loss
 
 # Config keys with which heads scale their logits: Cohere multiplies, Falcon-H1 too, Granite divides.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAP = "final_logit_softcapping"  # Gemma
+_LEVELS = ("ratio_level", "behav_imp_weight_level", "behav_filter_level")
+"""Options of ``ppo_loss`` that are "token" or "sequence"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,6 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(projection, scale, getattr(config, _SOFTCAP, None))
 
 
-class PPOInputs(NamedTuple):
-    """What the loss of packed tokens needs besides their log-probs: float32 [T] each, looked at in the loss tokens only."""
-
-    proximal_logprobs: Tensor | None
-    """None: the current policy is the proximal one."""
-    behavior_logprobs: Tensor
-    advantages: Tensor
-
-
 def packed_logprobs(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -102,9 +96,7 @@ def packed_logprobs(
         rows = (~starts).nonzero().squeeze(1).to(input_ids.device)
     hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
     logprobs, entropy = _score(head_of(model), hidden, input_ids.index_select(0, rows), temperature, memory_budget)
-    zeros = torch.zeros(len(input_ids), dtype=logprobs.dtype, device=hidden.device)
-    logprobs, entropy = zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
-    return (logprobs, entropy) if part is None else (part.whole(logprobs), part.whole(entropy))
+    return _on_tokens(logprobs, rows, len(input_ids), part), _on_tokens(entropy.detach(), rows, len(input_ids), part)
 
 
 def packed_ppo_loss(
@@ -120,51 +112,65 @@ def packed_ppo_loss(
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
     part: ContextPart | None = None,
+    normalization: Literal["token", "sequence"] = "token",
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
-    """``ppo_loss`` of the loss tokens ``rows`` of packed sequences, with its token-level ``options``; log-probs and entropies are [T].
+    """The policy's loss of the loss tokens ``rows`` (ascending) of packed sequences, as ``algo.policy_loss`` defines it, with the
+    ``options`` of ``ppo_loss``; log-probs and entropies are [T].
 
-    A head that is a plain product makes its gradients in the forward pass (``linear_ppo_loss``), so call ``backward`` on the loss at most
-    once with each forward pass. With ``part`` everything returned is that of all context ranks, but for the loss: it is that of this rank's
-    rows, so that losses and gradients are sums over all ranks.
-    With ``values`` the loss has that of the model's value head added, and its sums are among the statistics.
+    This is where its way through the head is chosen. A plain product makes the gradients in the forward pass (``linear_ppo_loss``, three
+    matrix products) where a token's gradient depends on its own log-prob alone. Else (something of level "sequence", a reference, an
+    interpolated proximal policy, a head that does more) all log-probs come first and logits are made again for the gradient, four products.
+    Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass. With ``values``
+    the loss has that of the model's value head added, and its sums are among the statistics. With ``part`` everything returned is that of
+    all context ranks, but for the gradient of the loss: it is that of this rank's rows, so that gradients are sums over all ranks.
     """
-    if part is not None:
-        rows = part.rows
-    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
-    head, targets = head_of(model), input_ids.index_select(0, rows)
-    proximal, behavior, advantages = (None if x is None else x.index_select(0, rows) for x in inputs)
-    assert behavior is not None and advantages is not None
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    if head.is_product:
+    own = rows if part is None else part.rows
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, own, shared, part)
+    head, targets = head_of(model), input_ids.index_select(0, own)
+    options |= {"denominator": denominator, "normalization": normalization}
+    of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
+    if of_sequences or normalization == "sequence":
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
+        options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
+    # A rank that has a part of a sequence does not know by itself how long it is.
+    alone = part is None or normalization == "token"
+    if head.is_product and inputs.is_fused and not of_sequences and alone:
         result = linear_ppo_loss(
             hidden,
             head.projection.weight,
             targets,
-            proximal,
-            behavior,
-            advantages,
-            mask,
+            *inputs.at(own)[:3],
+            torch.ones_like(own, dtype=torch.bool),
             temperature=temperature / head.scale,
-            denominator=denominator,
             memory_budget=memory_budget,
             **options,
         )
+        logprobs, entropy = (_on_tokens(x, own, len(input_ids), part) for x in (result.logprobs, result.entropy))
+        result = LinearPPOLoss(result.loss, _whole_sums(result.stats, part), logprobs, entropy)
     else:
-        logprobs, entropy = _score(head, hidden, targets, temperature, memory_budget)
-        if proximal is None:
-            proximal = logprobs.detach()
-        loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
+        scores = _score(head, hidden, targets, temperature, memory_budget)
+        logprobs, entropy = (_on_tokens(x, own, len(input_ids), part) for x in scores)
+        of_rows = logprobs.index_select(0, rows), entropy.index_select(0, rows)
+        loss, stats = policy_loss(*of_rows, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
-        value_loss, sums = value_terms(model, hidden, rows, values)
-        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
-    zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
-    result = result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
-    if part is None:
-        return result
-    return LinearPPOLoss(result.loss, part.whole_sums(result.stats), part.whole(result.logprobs), part.whole(result.entropy))
+        value_loss, sums = value_terms(model, hidden, own, values)
+        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **_whole_sums(sums, part)})
+    return result
+
+
+def _on_tokens(x: Tensor, rows: Tensor, n_tokens: int, part: ContextPart | None) -> Tensor:
+    """What was computed for ``rows``, float [T], 0 elsewhere; with ``part`` by all context ranks."""
+    x = torch.zeros(n_tokens, dtype=x.dtype, device=x.device).index_copy(0, rows, x)
+    return x if part is None else part.whole(x)
+
+
+def _whole_sums(sums: Mapping[str, Tensor], part: ContextPart | None) -> Mapping[str, Tensor]:
+    return sums if part is None else part.whole_sums(sums)
 
 
 def packed_values(
@@ -181,8 +187,7 @@ def packed_values(
     if part is not None:
         rows = part.rows
     values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part))
-    values = torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
-    return values if part is None else part.whole(values)
+    return _on_tokens(values, rows, len(input_ids), part)
 
 
 def _hidden_before(

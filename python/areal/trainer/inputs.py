@@ -31,8 +31,11 @@ class Inputs:
     advantages: Tensor
     fresh: Tensor
     """Loss tokens that the current version sampled."""
+    age: Tensor
+    """float32: how many versions before the current one a loss token was sampled."""
     part: ContextPart | None = None
     """What this rank computes, if it shares the micro-batch with others."""
+    ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     """Where a critic is trained: what it said before the train step, and what it should have said."""
     returns: Tensor | None = None
@@ -63,6 +66,8 @@ def to_device(mb: Microbatch, device: torch.device, version: int, mesh: RankMesh
         advantages=put(mb.advantages),
         fresh=put(mb.loss_mask & (mb.versions == version)),
         part=None if mesh is None else _part(mesh, mb.n_tokens, rows, shared),
+        age=put(np.where(mb.loss_mask, version - mb.versions, 0).astype(np.float32)),
+        ref_logprobs=None if mb.ref_logprobs is None else put(mb.ref_logprobs),
         values=None if mb.values is None else put(mb.values),
         returns=None if mb.returns is None else put(mb.returns),
     )

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from areal.config import GRPOConfig, OptimizerConfig
+from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
 from areal.weight_sync.stream import SendResult, Target
@@ -95,7 +95,7 @@ class TrainerHandle:
         def part(rank: int) -> dict[str, Any]:
             index = rank // self.layout.context
             cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
-            return {name: [(minibatch.ranks[index], minibatch.denominator) for minibatch in cut] for name, cut in cuts.items()}
+            return {name: [(m.ranks[index], m.denominator, m.policy_denominator) for m in cut] for name, cut in cuts.items()}
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
 
@@ -127,6 +127,15 @@ class TrainerHandle:
             return {"minibatch": (minibatch.ranks[rank // self.layout.context], minibatch.denominator), "lr_scale": lr_scale}
 
         return await self._call_all("sft_step", self._config.actor.step_timeout, part)
+
+    async def dpo_step(self, minibatch: Minibatch, config: DPOConfig, lr_scale: float = 1.0) -> dict[str, Any]:
+        """One step on preferences; the statistics of ``TrainEngine.dpo_step``."""
+
+        def part(rank: int) -> dict[str, Any]:
+            mine = minibatch.ranks[rank // self.layout.context], minibatch.denominator
+            return {"minibatch": mine, "config": config, "lr_scale": lr_scale}
+
+        return await self._call_all("dpo_step", self._config.actor.step_timeout, part)
 
     async def logprobs(self, microbatch: Microbatch) -> NDArray[np.float32]:
         """Log-probs [T] of the loss tokens under the current weights, 0 elsewhere; every rank computes all of it."""
