@@ -35,6 +35,11 @@ def test_every_row_has_its_file() -> None:
     assert {path.stem for path in EXAMPLES} == set(re.findall(r"\((?:\.\./)examples/algorithms/(\w+)\.yaml\)", PAGE))
 
 
+def test_files_of_the_page_exist() -> None:
+    files = set(re.findall(r"\((\.\./[^)]+)\)", PAGE)) | {f"../{name}" for name in re.findall(r"`(tests/\w+\.py)`", PAGE)}
+    assert len(files) >= 14 and [name for name in files if not (ROOT / "docs" / name).is_file()] == []
+
+
 def test_keys_of_the_page_exist() -> None:
     known = {key for key, _ in all_keys()}
     keys = set(re.findall(r"`((?:actor|critic|rollout|gconfig|ref)\.[a-z_.]+)(?=[`:=])", PAGE))
