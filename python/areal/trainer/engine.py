@@ -181,7 +181,7 @@ class TrainEngine:
         proximal: list[list[Tensor]] = [[]]
         recomputes = recomputes_proximal(self.config)
         if recomputes:
-            proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
+            proximal += [self._proximal_logprobs(inputs) for inputs in prepared[1:]]
         recomputed = time.time()
         if len(minibatches) > 1 and recomputes:
             stats.span("recompute", begin, recomputed)
@@ -197,6 +197,10 @@ class TrainEngine:
         self._train_steps += 1
         result = self._finish(stats, lr_scale, len(minibatches))
         return result if self.critic is None else {**result, **self._train_critic(self.critic, critic, result["spans"])}
+
+    def _proximal_logprobs(self, inputs: Sequence[Inputs]) -> list[Tensor]:
+        known = [x.proximal_logprobs for x in inputs if x.proximal_logprobs is not None]
+        return known if len(known) == len(inputs) else self.actor.frozen_logprobs(inputs, self._temperature)
 
     def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], spans: list[Any]) -> dict[str, Any]:
         begin = time.time()
