@@ -7,7 +7,7 @@ The policy's ``version`` is the one last published: a train step works on it, th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +131,21 @@ class TrainEngine:
     @property
     def template(self) -> PreTrainedModel:
         return self.actor.template
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What else a later step depends on."""
+        counters = {"train_steps": self._train_steps, "nonfinite_in_a_row": self._nonfinite_in_a_row, "version": self.version}
+        if self.critic is not None:
+            counters |= {"critic_train_steps": self.critic.train_steps, "critic_nonfinite_in_a_row": self.critic.nonfinite_in_a_row}
+        return counters
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        self._train_steps, self._nonfinite_in_a_row = counters["train_steps"], counters["nonfinite_in_a_row"]
+        self.version = counters["version"]
+        if self.critic is not None:
+            self.critic.train_steps = counters["critic_train_steps"]
+            self.critic.nonfinite_in_a_row = counters["critic_nonfinite_in_a_row"]
 
     def set_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer; its state and the count of its steps start again."""

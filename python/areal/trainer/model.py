@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from areal.config import LoraConfig, OptimizerConfig
 from areal.models.loading import decoder_layers, empty_model, load_model, meta_template
@@ -91,6 +91,17 @@ class RankModel:
         """A fresh optimizer, with empty state."""
         self._optimizer = PolicyOptimizer(self.model, config)
         self.optimizer_config = config
+
+    def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimizer remembers of a parameter, by name; sharded as the parameter is, or a scalar."""
+        return {} if self._optimizer is None else dict(self._optimizer.state_of(parameter))
+
+    def set_optimizer_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        """As ``optimizer_state`` gave it; no state is a parameter that was never stepped."""
+        if self._optimizer is not None:
+            remembered = self._optimizer.state_of(parameter)
+            remembered.clear()
+            remembered.update(state)
 
     def logprobs(self, x: Inputs, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [T] of the loss tokens, 0 elsewhere; the same on all context ranks, with gradients of own rows."""

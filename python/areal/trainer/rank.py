@@ -32,6 +32,7 @@ class Rank:
         self._publisher: Any = None
         self._writer: Any = None
         self._sender: Any = None
+        self._states: Any = None
         self._adapter: AdapterInfo | None = None
         """What servers are told of the adapters, where these go to them alone."""
 
@@ -162,11 +163,27 @@ class Rank:
         if weights is not None:
             self._writer.start(folder, weights, adapter)
 
-    def _saved(self, folder: Path, error: str | None, begin: float, end: float) -> None:
+    def rpc_copy_state(self, folder: Path) -> None:
+        from areal.trainer.recover import StateWriter
+
+        if self._states is None:
+            self._states = StateWriter(self._engine.mesh, self._state_written)
+        self._states.start(folder, self._engine.models, self._engine.counters)
+
+    def rpc_restore(self, folder: Path) -> None:
+        from areal.trainer.recover import restore
+
+        self._engine.set_counters(restore(folder, self._engine.models, self._engine.mesh))
+        log.info("restored from %s", folder)
+
+    def _state_written(self, folder: Path, error: str | None, files: dict[str, tuple[int, str]], begin: float, end: float) -> None:
+        self._saved(folder, error, begin, end, files)
+
+    def _saved(self, folder: Path, error: str | None, begin: float, end: float, files: Any = None) -> None:
         if error is not None:
             log.error("%s", error)
         try:
-            self._server.event("saved", {"folder": str(folder), "error": error, "begin": begin, "end": end})
+            self._server.event("saved", {"folder": str(folder), "error": error, "begin": begin, "end": end, "files": files})
         except OSError:
             pass  # the controller is gone; the main thread ends this process
 
@@ -175,6 +192,8 @@ class Rank:
 
         if self._writer is not None:
             self._writer.wait()
+        if self._states is not None:
+            self._states.wait()
         if self._publisher is not None:
             self._publisher.close()
         if self._sender is not None:
