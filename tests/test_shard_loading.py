@@ -20,7 +20,7 @@ from areal.trainer.model import RankModel
 from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 BIG = {
     **MODEL, "hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 2048, "vocab_size": 4000, "num_attention_heads": 8,

@@ -160,3 +160,24 @@ def test_training_waits_for_no_disk_and_a_state_that_cannot_be_written_is_told(m
         assert (await handle.publish(5))[1] == saved
 
     with_trainer(model_folder, tmp_path, scenario, backend="fsdp:d2")
+
+
+def test_ranks_that_share_sequences(model_folder, tmp_path):
+    """One data rank of two processes: both get the same micro-batches, and only one counts and publishes."""
+
+    async def scenario(handle):
+        assert (handle.world_size, handle.n_data_ranks) == (2, 1)
+        batch = make_batch(n_minibatches=2, capacity=100)
+        microbatch = batch.minibatches[0].ranks[0][0]
+        _, digest = await handle.publish(0)
+        assert digest == weights_hash(named_parameters(model_folder))
+        logprobs = await handle.logprobs(microbatch)
+        assert (logprobs != 0).tolist() == microbatch.loss_mask.tolist()
+        stats = await handle.train_step(batch)
+        assert stats["n_tokens"] == sum(int(mb.loss_mask.sum()) for m in batch.minibatches for mb in m.ranks[0])
+        assert (await handle.sft_step(batch.minibatches[0]))["n_tokens"] == int(batch.minibatches[0].denominator)
+        _, digest = await handle.publish(1)
+        await handle.save(tmp_path / "checkpoint")
+        assert weights_hash(named_parameters(tmp_path / "checkpoint")) == digest
+
+    with_trainer(model_folder, tmp_path, scenario, backend="fsdp:d1c2")

@@ -239,8 +239,8 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
-    check_peft(config)
     check_offload(config)
+    check_peft(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)
     if trains:

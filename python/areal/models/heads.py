@@ -96,7 +96,9 @@ def packed_logprobs(
         rows = (~starts).nonzero().squeeze(1).to(input_ids.device)
     hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
     logprobs, entropy = _score(head_of(model), hidden, input_ids.index_select(0, rows), temperature, memory_budget)
-    return _on_tokens(logprobs, rows, len(input_ids), part), _on_tokens(entropy.detach(), rows, len(input_ids), part)
+    zeros = torch.zeros(len(input_ids), dtype=logprobs.dtype, device=hidden.device)
+    logprobs, entropy = zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
+    return (logprobs, entropy) if part is None else (part.whole(logprobs), part.whole(entropy))
 
 
 def packed_ppo_loss(
@@ -125,37 +127,30 @@ def packed_ppo_loss(
     matrix products) where a token's gradient depends on its own log-prob alone. Else (something of level "sequence", a reference, an
     interpolated proximal policy, a head that does more) all log-probs come first and logits are made again for the gradient, four products.
     Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass. With ``values``
-    the loss has that of the model's value head added, and its sums are among the statistics. With ``part`` everything returned is that of
-    all context ranks, but for the gradient of the loss: it is that of this rank's rows, so that gradients are sums over all ranks.
+    the loss has that of the model's value head added, and its sums are among the statistics. With ``part`` log-probs and statistics are
+    those of all context ranks, and so are, with the gradients of own rows, losses of the second kind.
     """
     own = rows if part is None else part.rows
     hidden = _hidden_before(model, input_ids, position_ids, lengths, own, shared, part)
     head, targets = head_of(model), input_ids.index_select(0, own)
+    zeros = torch.zeros(len(input_ids), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
     options |= {"denominator": denominator, "normalization": normalization}
     of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
     if of_sequences or normalization == "sequence":
         ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
         options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
-    # A rank that has a part of a sequence does not know by itself how long it is.
-    alone = part is None or normalization == "token"
-    if head.is_product and inputs.is_fused and not of_sequences and alone:
-        result = linear_ppo_loss(
-            hidden,
-            head.projection.weight,
-            targets,
-            *inputs.at(own)[:3],
-            torch.ones_like(own, dtype=torch.bool),
-            temperature=temperature / head.scale,
-            memory_budget=memory_budget,
-            **options,
-        )
-        logprobs, entropy = (_on_tokens(x, own, len(input_ids), part) for x in (result.logprobs, result.entropy))
-        result = LinearPPOLoss(result.loss, _whole_sums(result.stats, part), logprobs, entropy)
+        of_sequences |= part is not None  # whose own rows do not tell how long a sequence is
+    if head.is_product and inputs.is_fused and not of_sequences:
+        mask = torch.ones_like(own, dtype=torch.bool)
+        options |= {"temperature": temperature / head.scale, "memory_budget": memory_budget}
+        result = linear_ppo_loss(hidden, head.projection.weight, targets, *inputs.at(own)[:3], mask, **options)
+        logprobs, entropy = (_whole(zeros.index_copy(0, own, x), part) for x in (result.logprobs, result.entropy))
+        result = result._replace(stats=_whole_sums(result.stats, part), logprobs=logprobs, entropy=entropy)
     else:
         scores = _score(head, hidden, targets, temperature, memory_budget)
-        logprobs, entropy = (_on_tokens(x, own, len(input_ids), part) for x in scores)
-        of_rows = logprobs.index_select(0, rows), entropy.index_select(0, rows)
-        loss, stats = policy_loss(*of_rows, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
+        logprobs, entropy = (_whole(zeros.index_copy(0, own, x), part) for x in scores)
+        at_rows = logprobs.index_select(0, rows), entropy.index_select(0, rows)
+        loss, stats = policy_loss(*at_rows, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
         value_loss, sums = value_terms(model, hidden, own, values)
@@ -163,9 +158,7 @@ def packed_ppo_loss(
     return result
 
 
-def _on_tokens(x: Tensor, rows: Tensor, n_tokens: int, part: ContextPart | None) -> Tensor:
-    """What was computed for ``rows``, float [T], 0 elsewhere; with ``part`` by all context ranks."""
-    x = torch.zeros(n_tokens, dtype=x.dtype, device=x.device).index_copy(0, rows, x)
+def _whole(x: Tensor, part: ContextPart | None) -> Tensor:
     return x if part is None else part.whole(x)
 
 
@@ -187,7 +180,8 @@ def packed_values(
     if part is not None:
         rows = part.rows
     values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part))
-    return _on_tokens(values, rows, len(input_ids), part)
+    values = torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    return values if part is None else part.whole(values)
 
 
 def _hidden_before(

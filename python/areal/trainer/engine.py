@@ -255,7 +255,7 @@ class TrainEngine:
         Returns those statistics of ``train_step`` that apply, and the means over pairs preference_accuracy, margin, chosen_reward and
         rejected_reward.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
         references = self._reference_logprobs(inputs, temperature=1.0)
@@ -324,11 +324,11 @@ class TrainEngine:
         engine tells its own (on rank 0).
         """
         assert self.actor.adapters is not None
-        mesh = self.mesh
-        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, mesh.rank, mesh.world_size, device=self.device)
+        rank, world_size = self.mesh.rank, self.mesh.world_size
+        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, rank, world_size, device=self.device)
         device = self.device if self.mesh.rank == 0 else None
         base = sum(hash_tensors(whole.gather, whole.bucket_plan(bucket_bytes), device).values()) & (2**64 - 1)
-        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, mesh.rank, mesh.world_size, device=self.device)
+        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, rank, world_size, device=self.device)
         return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
     def weights(self) -> dict[str, Tensor] | None:

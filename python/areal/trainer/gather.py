@@ -40,7 +40,7 @@ class WeightGatherer:
         device: torch.device | None = None,
     ) -> None:
         """``dtype``: what they are cast to on their way. ``names``: what they are called there, if not as here. ``adapters``: of them.
-        ``device``: from where they go, if the parameters are elsewhere (offloaded)."""
+        ``device``: from where they go, if they are elsewhere (offloaded)."""
         self._parameters: Mapping[str, Tensor] = base_parameters(parameters) if isinstance(parameters, nn.Module) else parameters
         self._adapters = adapters
         self._dtype = dtype
@@ -124,8 +124,7 @@ class WeightGatherer:
     def _piece(self, name: str) -> Tensor:
         """This rank's piece of a parameter, on the device from where it goes; on one rank all of it. A collective if it has an adapter."""
         piece = local_part(self._parameters[name].detach())
-        if self._adapters is not None:
-            piece = self._adapters.added_to(name, piece)
+        piece = piece if self._adapters is None else self._adapters.added_to(name, piece)
         return piece if self._device is None else piece.to(self._device)
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
