@@ -170,7 +170,7 @@ def test_every_layout_takes_the_steps_of_one_rank(results, job):
     for key, value in one["stats"].items():
         if key == "logprob_drift":
             assert other["stats"][key] == pytest.approx(value, rel=1e-4, abs=1e-6)
-        elif key != "spans":
+        elif key not in ("spans", "meters"):
             assert other["stats"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert other["stats"]["grad_norm"] == pytest.approx(one["stats"]["grad_norm"], rel=1e-6)
     assert other["weights"].keys() == one["weights"].keys()

@@ -16,6 +16,7 @@ from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import EpisodeSlots, Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightUpdateError
+from areal.inference.placement import trainer_gpus
 from areal.inference.servers import RolloutServer, ServerStartError, end_servers, start_server
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
@@ -93,6 +94,7 @@ class Cluster:
         self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config, self.resumed.step if self.resumed else 0))
         self._tell_resumed()
         unlink_stale()
+        await self._tell_memory()
         if not self._with_rollout:
             await self._start_trainer()
             return
@@ -138,6 +140,15 @@ class Cluster:
             for note in self.resumed.notes:
                 self.display.note(note)
             self.display.note(f"the run goes on after step {self.resumed.step}, from {self.resumed.folder}", style="")
+
+    async def _tell_memory(self) -> None:
+        """What the trainer will need; ``ConfigError`` before anything is started where that is more than there is."""
+        from areal.trainer.memory import check_memory  # transformers: not for those who only look at this module
+
+        line, is_close = await asyncio.to_thread(
+            check_memory, self.config, self.model_folder, "cuda" if trainer_gpus(self.config) else "cpu"
+        )
+        self.display.note(line, style="yellow" if is_close else "")
 
     async def _tell_isolation(self) -> None:
         """Where answers are programs: how they are confined on this machine."""

@@ -39,7 +39,7 @@ from areal.config_check import check_config, check_machine
 from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.group_filter import build_filter
-from areal.metrics import RunTotals, StepClock, batch_row, train_row
+from areal.metrics import RunTotals, StepClock, batch_row, meter_row, train_row
 from areal.recover import Recovery
 from areal.recover_files import what_is_done
 from areal.runner import Runner
@@ -200,7 +200,8 @@ class PPOTrainer:
                     train_stats = await cluster.trainer.train_step(prepared.batch)
                     clock.trained([*prepared.spans, *train_stats["spans"]])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats), **prepared.row}
+                of_trainer = {**train_row(train_stats), **meter_row(train_stats["meters"], clock.train_seconds), **prepared.row}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **of_trainer}
                 row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)

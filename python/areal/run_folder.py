@@ -7,6 +7,7 @@ fileroot/experiment_name/trial_name/
     metrics.jsonl    one row a train step;  timeline.jsonl, tensorboard/, trajectories.jsonl
     checkpoints/     Hugging Face checkpoints;  final/ is the result
     recover/         what a run that is cut off goes on from (recover_files.py)
+    replay/          a train step that was not finite, for areal replay-batch
     summary.json     written last
 """
 

@@ -43,17 +43,21 @@ class Critic:
         self.train_steps = 0
         self.nonfinite_in_a_row = 0
 
-    def train_step(self, minibatches: Sequence[ValueMinibatch]) -> dict[str, Any]:
-        """An optimizer step for each mini-batch, in order.
+    def train_step(self, minibatches: Sequence[ValueMinibatch], of_step: StepStats) -> dict[str, Any]:
+        """An optimizer step for each mini-batch, in order; what it costs goes into the meters of ``of_step``.
 
         Returns over all ranks: value_loss (per loss token), value_clip_fraction, critic_grad_norm, critic_skipped_nonfinite.
         """
-        mesh, stats = self.model.mesh, StepStats(self.model.mesh.device, counts=self.model.mesh.counts)
+        mesh = self.model.mesh
+        stats = StepStats(mesh.device, counts=mesh.counts, meter=of_step.meter)
         lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.config.optimizer.warmup_steps))
         for minibatch in minibatches:
             for x in minibatch.inputs:
-                self._backward(x, minibatch.denominator, stats)
-            step = self.model.optimizer_step(lr_scale)
+                with stats.phase("forward"):
+                    self._backward(x, minibatch.denominator, stats)
+                of_step.add_flops(self.model.flops_of(x, training=True))
+            with stats.phase("optimizer"):
+                step = self.model.optimizer_step(lr_scale, stats.minibatch_loss)
             stats.add_step(*step)
             self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
         self.train_steps += 1
@@ -69,7 +73,8 @@ class Critic:
         old, returns = (t.index_select(0, x.rows) for t in _targets(x))
         values = self.model.values(x).index_select(0, x.rows)
         loss, sums = value_loss(values, old, returns, eps_clip=self.config.eps_clip, denominator=denominator)
-        loss.backward()
+        with stats.phase("backward"):
+            loss.backward()
         stats.add({**sums, "loss": loss.detach(), "n_tokens": x.loss_mask.sum().float()})
 
 

@@ -26,9 +26,12 @@ def answer_sums(x: Inputs, values: Tensor) -> Tensor:
 
 def dpo_backward(actor: RankModel, config: DPOConfig, x: Inputs, reference: Tensor, denominator: float, stats: StepStats) -> None:
     """Adds to the gradients. ``reference``: the reference's log-probs [T]; ``denominator``: pairs of the whole batch."""
-    logprobs, entropy = actor.logprobs(x, temperature=1.0)
-    log_ratios = answer_sums(x, logprobs - reference)  # token by token: sums of long answers would lose digits
-    loss, sums = dpo_loss(log_ratios, beta=config.beta, label_smoothing=config.label_smoothing, denominator=denominator)
-    loss.backward()
-    stats.add(sums)
-    stats.add({"n_tokens": x.loss_mask.sum().float(), "entropy": entropy.sum()})
+    with stats.phase("forward"):
+        logprobs, entropy = actor.logprobs(x, temperature=1.0)
+        log_ratios = answer_sums(x, logprobs - reference)  # token by token: sums of long answers would lose digits
+        loss, sums = dpo_loss(log_ratios, beta=config.beta, label_smoothing=config.label_smoothing, denominator=denominator)
+        with stats.phase("backward"):
+            loss.backward()
+        stats.add(sums)
+        stats.add({"n_tokens": x.loss_mask.sum().float(), "entropy": entropy.sum()})
+    stats.add_flops(actor.flops_of(x, training=True))

@@ -16,6 +16,7 @@ from areal.models.lora import Adapters, add_adapters, base_parameters
 from areal.models.value_head import add_value_head
 from areal.trainer.inputs import Inputs
 from areal.trainer.mesh import RankMesh
+from areal.trainer.meters import ModelFlops
 from areal.trainer.optimizer import PolicyOptimizer
 from areal.trainer.shard_loading import allocate_shards, fill_shards, persistent_buffers
 from areal.trainer.sharding import add_head_methods, full_tensor, local_part, shard_model
@@ -25,7 +26,7 @@ class OptimizerStep(NamedTuple):
     grad_norm: float
     """Before clipping, over all ranks and parameters."""
     finite: bool
-    """False: the step was left out."""
+    """False: the step was left out, on all ranks."""
 
 
 class RankModel:
@@ -78,6 +79,11 @@ class RankModel:
             self.model.to(mesh.device)
         self.adapters = None if lora is None else Adapters(self.model, lora, seed)
         self._optimizer: PolicyOptimizer | None = None
+        self._flops = ModelFlops(self.model)
+
+    def flops_of(self, x: Inputs, *, training: bool) -> float:
+        """This rank's share of the model FLOPs of a micro-batch, forward or with backward."""
+        return self._flops.of(x, training=training) / self.mesh.layout.context
 
     def _checkpoint_layers(self) -> None:
         enable = (
@@ -163,12 +169,20 @@ class RankModel:
         if self.sharded:
             self.model.reshard()
 
-    def optimizer_step(self, lr_scale: float) -> OptimizerStep:
-        """Clips and steps, or leaves the step out when a gradient is not finite; gradients are gone afterwards."""
+    def optimizer_step(self, lr_scale: float, loss: Tensor | None = None) -> OptimizerStep:
+        """Clips and steps, or leaves the step out when a gradient is not finite; gradients are gone afterwards.
+
+        ``loss``: this rank's part of it, or nothing on all ranks. One that is not finite on any rank leaves the step out too: its gradients
+        may be finite there, and are finite elsewhere.
+        """
         assert self._optimizer is not None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.gradient_clipping)))
-        finite = norm < float("inf")  # false for NaN too
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.gradient_clipping))
+        lost = torch.zeros_like(grad_norm) if loss is None else (~loss.detach().isfinite()).float()
+        if self.mesh.world_size > 1 and loss is not None:
+            torch.distributed.all_reduce(lost)
+        norm, n_lost = torch.stack([grad_norm, lost.to(grad_norm)]).tolist()  # waits for the device once
+        finite = norm < float("inf") and n_lost == 0  # false for NaN too
         if finite:
             self._optimizer.step(lr_scale)
         self.model.zero_grad(set_to_none=True)

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +94,8 @@ class Rank:
         log.info("rank %d of %d on %s: %s, %s parameters, %s of them trained", rank, world_size, device, name, f"{n:,}", f"{trained:,}")
 
     def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
-        return self._engine.score(minibatches, critic, logprobs)
+        with self._explained():
+            return self._engine.score(minibatches, critic, logprobs)
 
     def rpc_start_from_actor(self) -> None:
         self._engine.start_from_actor()
@@ -102,20 +105,41 @@ class Rank:
     ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
+        with self._explained():
+            stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        with self._explained():
+            stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
         return stats if self._is_first else None
 
     def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
+        with self._explained():
+            stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
         return stats if self._is_first else None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A step that is not finite is dumped, one without memory says which key to turn."""
+        from areal.trainer.failed_step import NonFiniteGradients, dump
+        from areal.trainer.memory import OutOfMemory, explain_out_of_memory
+
+        try:
+            yield
+        except NonFiniteGradients as error:
+            if not error.minibatches:
+                raise
+            folder = self._run_folder / "replay" / f"{'step' if error.kind == 'ppo' else error.kind}_{self._engine.version + 1:06d}"
+            raise type(error)(f"{error}; {dump(self._engine, error, folder)}", error.kind) from None
+        except RuntimeError as error:
+            if (advice := explain_out_of_memory(error, self._config, self._model_folder)) is None:
+                raise
+            raise OutOfMemory(advice) from error
 
     def rpc_logprobs(self, microbatch: Microbatch) -> Any:
         return self._engine.logprobs(microbatch).numpy()
