@@ -21,7 +21,7 @@ from areal.recover_files import Files
 from areal.trainer.engine import TrainEngine
 from areal.trainer.inputs import to_device
 from areal.trainer.mesh import RankMesh
-from areal.trainer.recover import OtherModel, StateWriter, restore, state_tensors
+from areal.trainer.recover import OtherModel, StateWriter, counters, restore, state_tensors
 from areal.trainer.sharding import full_tensor
 
 pytestmark = pytest.mark.timeout(360)
@@ -33,6 +33,7 @@ CASES = {
     "critic": {"optimizer": {"lr": 1e-3}},
     "lora": {"optimizer": {"lr": 1e-3}, "lora": {"rank": 2}},
 }
+BACKENDS = {1: "fsdp:d1", 2: "fsdp:d2", 4: "fsdp:d4r2"}
 RUNS = {
     (0, 1): ["adamw", "critic"],
     (0, 2): list(CASES),
@@ -65,7 +66,7 @@ def step(engine: TrainEngine, number: int) -> None:
 
 
 def make_engine(folder: Path, name: str, mesh: RankMesh) -> TrainEngine:
-    config = make_config(folder / "model", folder, backend=f"fsdp:d{mesh.world_size}", **CASES[name])
+    config = make_config(folder / "model", folder, backend=BACKENDS[mesh.world_size], **CASES[name])
     critic = CriticConfig(optimizer=OptimizerConfig(lr=2e-3)) if name == "critic" else None
     return TrainEngine(folder / "model", config.actor, temperature=0.9, mesh=mesh, critic=critic, seed=mesh.world_size)
 
@@ -75,7 +76,7 @@ def write(engine: TrainEngine, folder: Path) -> Files:
     told: list[Any] = []
     folder.mkdir(parents=True, exist_ok=True)
     writer = StateWriter(engine.mesh, lambda *answer: told.append(answer))
-    writer.start(folder, engine.models, engine.counters)
+    writer.start(folder, engine)
     step(engine, 7)
     writer.wait()
     if engine.mesh.rank:
@@ -91,19 +92,19 @@ def run_case(folder: Path, name: str, mesh: RankMesh, restored_from: int) -> dic
         torch.manual_seed(mesh.rank + 100)
         before = to_device(make_batch(capacity=130).minibatches[0].ranks[0][0], mesh.device, 0)
         engine.actor.frozen_logprobs([before], 1.0)
-        engine.set_counters(restore(folder / f"{name}-{restored_from}", engine.models, mesh))
+        restore(folder / f"{name}-{restored_from}", engine)
     else:
         torch.manual_seed(mesh.rank + 1)
         step(engine, 0)
         step(engine, 1)
     state, draw = full_state(engine), float(torch.rand(1, generator=None))
-    result = {"state": state, "counters": engine.counters, "draw": draw}
+    result = {"state": state, "counters": counters(engine), "draw": draw}
     if not restored_from:
         torch.manual_seed(mesh.rank + 1)
     target = folder / (f"{name}-{mesh.world_size}" if not restored_from else f"{name}-{restored_from}-{mesh.world_size}")
     result["files"] = write(engine, target)
     again = make_engine(folder, name, mesh)
-    again.set_counters(restore(target, again.models, mesh))
+    restore(target, again)
     step(again, 7)
     result["next"], other = full_state(engine), full_state(again)
     result["went_on"] = {name: torch.equal(tensor, other[name]) for name, tensor in result["next"].items()}
@@ -119,7 +120,7 @@ def run_rank(folder: Path, rank: int, world_size: int, restored_from: int) -> No
     )
     results = {}
     for name in RUNS[restored_from, world_size]:
-        config = make_config(folder / "model", folder, backend=f"fsdp:d{world_size}")
+        config = make_config(folder / "model", folder, backend=BACKENDS[world_size])
         results[name] = run_case(folder, name, RankMesh(torch.device("cpu"), rank, config.trainer_layout), restored_from)
     torch.save(results, folder / f"result{run}-{rank}.pt")
     dist.barrier()
@@ -155,10 +156,10 @@ def load(folder: Path, restored_from: int, world_size: int, rank: int = 0) -> di
 @pytest.mark.parametrize(("saved", "restored", "name"), RESTORED)
 def test_models_and_optimizers_are_bit_for_bit_what_was_saved(results: Path, saved: int, restored: int, name: str) -> None:
     before, after = load(results, 0, saved)[name], load(results, saved, restored)[name]
-    counters = {"train_steps": 2, "nonfinite_in_a_row": 0, "version": 1}
+    counted = {"actor/train_steps": 2, "actor/nonfinite_in_a_row": 0, "version": 1}
     if name == "critic":
-        counters |= {"critic_train_steps": 2, "critic_nonfinite_in_a_row": 0}
-    assert before["counters"] == after["counters"] == counters
+        counted |= {"critic/train_steps": 2, "critic/nonfinite_in_a_row": 0}
+    assert before["counters"] == after["counters"] == counted
     assert before["state"].keys() == after["state"].keys()
     slots = {key.rpartition("/")[2] for key in before["state"] if "/optimizer/" in key}
     assert slots == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if name == "muon" else set())
@@ -208,5 +209,5 @@ def test_another_model_is_refused_by_name(results: Path, tmp_path: Path) -> None
         engine = TrainEngine(tmp_path, config.actor)
         start = {name: t.clone() for name, t in full_state(engine).items()}
         with pytest.raises(OtherModel, match=what):
-            restore(results / "adamw-2", engine.models, engine.mesh)
+            restore(results / "adamw-2", engine)
         assert all(torch.equal(t, start[name]) for name, t in full_state(engine).items())

@@ -30,6 +30,10 @@ SAME_BITS = [
     "gconfig.n_samples=4",
     "actor.optimizer.muon_lr=0.01",
     "actor.optimizer.warmup_steps=6",
+    "actor.kl_ctl=0.05",  # to the actor as the warm-up left it
+    "critic={optimizer: {lr: 1.0e-3}}",
+    "actor.reward_norm=null",
+    "actor.adv_norm={mean_level: batch, std_level: batch}",
     "reward_fn=tests.rewards:share_of_even_ids",
     "stats_logger.dump_trajectories=true",
 ]

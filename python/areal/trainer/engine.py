@@ -7,7 +7,7 @@ The policy's ``version`` is the one last published: a train step works on it, th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,7 +108,7 @@ class TrainEngine:
         self.gatherer = self._gatherer()
         self._peak_flops = matmul_peak(self.mesh.device, dtype)
         self._opened: StepStats | None = None
-        self._nonfinite_in_a_row = 0
+        self.nonfinite_in_a_row = 0
         self._failed: list[FailedMinibatch] = []
         self.set_optimizer(config.optimizer)
 
@@ -139,25 +139,10 @@ class TrainEngine:
     def template(self) -> PreTrainedModel:
         return self.actor.template
 
-    @property
-    def counters(self) -> dict[str, int]:
-        """What else a later step depends on."""
-        counters = {"train_steps": self._train_steps, "nonfinite_in_a_row": self._nonfinite_in_a_row, "version": self.version}
-        if self.critic is not None:
-            counters |= {"critic_train_steps": self.critic.train_steps, "critic_nonfinite_in_a_row": self.critic.nonfinite_in_a_row}
-        return counters
-
-    def set_counters(self, counters: Mapping[str, int]) -> None:
-        self._train_steps, self._nonfinite_in_a_row = counters["train_steps"], counters["nonfinite_in_a_row"]
-        self.version = counters["version"]
-        if self.critic is not None:
-            self.critic.train_steps = counters["critic_train_steps"]
-            self.critic.nonfinite_in_a_row = counters["critic_nonfinite_in_a_row"]
-
     def set_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer; its state and the count of its steps start again."""
         self.actor.set_optimizer(config)
-        self._train_steps = 0
+        self.train_steps = 0
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -210,7 +195,7 @@ class TrainEngine:
         recomputed = time.time()
         if len(minibatches) > 1 and recomputes:
             stats.span("recompute", begin, recomputed)
-        lr_scale = min(1.0, (self._train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
+        lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
         self._failed.clear()
         for index, (minibatch, inputs) in enumerate(zip(minibatches, prepared, strict=True)):
             progress = index / len(minibatches)
@@ -220,7 +205,7 @@ class TrainEngine:
             self._optimizer_step(lr_scale, stats)
             self._remember_failure(minibatch, known, progress)
         stats.span("training", recomputed, time.time())
-        self._train_steps += 1
+        self.train_steps += 1
         self._check_finite("ppo")
         of_critic = {} if self.critic is None else self._train_critic(self.critic, critic, stats)
         return {**self._finish(stats, lr_scale, len(minibatches)), **of_critic}
@@ -261,7 +246,7 @@ class TrainEngine:
         self._optimizer_step(lr_scale, stats)
         self._remember_failure(minibatch, [None] * len(minibatch.microbatches))
         stats.span("training", begin, time.time())
-        self._train_steps += 1
+        self.train_steps += 1
         self._check_finite("sft")
         return self._finish(stats, lr_scale, 1)
 
@@ -293,7 +278,7 @@ class TrainEngine:
         self._optimizer_step(lr_scale, stats)
         self._remember_failure(minibatch, references)
         stats.span("training", recomputed, time.time())
-        self._train_steps += 1
+        self.train_steps += 1
         self._check_finite("dpo", config)
         return self._finish(stats, lr_scale, 1)
 
@@ -316,19 +301,19 @@ class TrainEngine:
         with stats.phase("optimizer"):
             step = self.actor.optimizer_step(lr_scale, stats.minibatch_loss)
         stats.add_step(*step)
-        self._nonfinite_in_a_row = 0 if step.finite else self._nonfinite_in_a_row + 1
+        self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
 
     def _remember_failure(self, minibatch: RankMinibatch, known: Sequence[Tensor | None], progress: float = 0.0) -> None:
         """What was skipped since the weights last changed, for a replay."""
-        if self._nonfinite_in_a_row:
+        if self.nonfinite_in_a_row:
             self._failed.append(failed_minibatch(minibatch, known, progress))
         else:
             self._failed.clear()
 
     def _check_finite(self, kind: Literal["ppo", "sft", "dpo"], preferences: DPOConfig | None = None) -> None:
-        if self._nonfinite_in_a_row > self.config.max_nonfinite_steps:
+        if self.nonfinite_in_a_row > self.config.max_nonfinite_steps:
             raise NonFiniteGradients(
-                f"{self._nonfinite_in_a_row} optimizer steps in a row had a loss or gradients that are not finite (actor.max_nonfinite_steps="
+                f"{self.nonfinite_in_a_row} optimizer steps in a row had a loss or gradients that are not finite (actor.max_nonfinite_steps="
                 f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl",
                 kind,
                 list(self._failed),

@@ -192,12 +192,12 @@ class Rank:
 
         if self._states is None:
             self._states = StateWriter(self._engine.mesh, self._state_written)
-        self._states.start(folder, self._engine.models, self._engine.counters)
+        self._states.start(folder, self._engine)
 
     def rpc_restore(self, folder: Path) -> None:
         from areal.trainer.recover import restore
 
-        self._engine.set_counters(restore(folder, self._engine.models, self._engine.mesh))
+        restore(folder, self._engine)
         log.info("restored from %s", folder)
 
     def _state_written(self, folder: Path, error: str | None, files: dict[str, tuple[int, str]], begin: float, end: float) -> None:

@@ -15,10 +15,11 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,12 @@ from areal.recover_files import Files, file_digest
 from areal.trainer.mesh import RankMesh
 from areal.trainer.model import RankModel
 
+if TYPE_CHECKING:
+    from areal.trainer.critic import Critic
+    from areal.trainer.engine import TrainEngine
+
 _MODELS = "models"
+_COUNTERS = ("train_steps", "nonfinite_in_a_row")
 _GROUP_TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the slowest one's disk."""
 
@@ -64,6 +70,22 @@ def state_tensors(models: Mapping[str, RankModel]) -> dict[str, Tensor]:
     return state
 
 
+def counters(engine: TrainEngine) -> dict[str, int]:
+    """What else a later step depends on."""
+    return {f"{name}/{what}": getattr(owner, what) for name, owner in _owners(engine) for what in _COUNTERS} | {"version": engine.version}
+
+
+def set_counters(engine: TrainEngine, values: Mapping[str, int]) -> None:
+    engine.version = values["version"]
+    for name, owner in _owners(engine):
+        for what in _COUNTERS:
+            setattr(owner, what, values[f"{name}/{what}"])
+
+
+def _owners(engine: TrainEngine) -> list[tuple[str, TrainEngine | Critic]]:
+    return [("actor", engine)] + ([] if engine.critic is None else [("critic", engine.critic)])
+
+
 class StateWriter:
     """One checkpoint at a time; ``done(folder, error, files, begin, end)`` is called on rank 0, from the thread that wrote.
 
@@ -77,11 +99,11 @@ class StateWriter:
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, folder: Path, models: Mapping[str, RankModel], counters: Mapping[str, int]) -> None:
+    def start(self, folder: Path, engine: TrainEngine) -> None:
         """Returns when the state has been copied; ``folder`` must be there."""
         self.wait()
-        state = state_tensors(models)
-        record = {"world_size": self._mesh.world_size, "counters": dict(counters), "random": random_state()}
+        state = state_tensors(engine.models)
+        record = {"world_size": self._mesh.world_size, "counters": counters(engine), "random": random_state()}
         n_bytes = sum(t.numel() * t.element_size() for t in state.values())  # of all ranks: a DTensor's numel is the whole tensor's
         if self._group is None and self._mesh.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
@@ -123,6 +145,7 @@ class StateWriter:
     def _write_files(self, folder: Path, state: dict[str, Tensor], record: dict[str, Any], n_bytes: int) -> Files:
         rank = self._mesh.rank
         writer = _Writer(folder / _MODELS, n_bytes)
+        _expect_one_rank()
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         own = _rank_file(folder, rank)
         with own.open("w") as file:
@@ -173,6 +196,11 @@ def _reason(failure: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or repr(error)
 
 
+def _expect_one_rank() -> None:
+    """No warning in the log about a rank that is alone, as it is meant to be."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
 def _rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:04d}.json"
 
@@ -180,11 +208,12 @@ def _rank_file(folder: Path, rank: int) -> Path:
 # -- reading ----------------------------------------------------------------------------------------------------------------------
 
 
-def restore(folder: Path, models: Mapping[str, RankModel], mesh: RankMesh) -> dict[str, int]:
-    """Puts the state of a whole checkpoint into models, optimizers and random numbers; a collective. Returns the counters.
+def restore(folder: Path, engine: TrainEngine) -> None:
+    """Puts the state of a whole checkpoint into models, optimizers, counters and random numbers; a collective.
 
     Random numbers are restored where the number of ranks is the same. ``OtherModel`` leaves everything as it was.
     """
+    models, mesh = engine.models, engine.mesh
     reader = FileSystemReader(folder / _MODELS)
     found = reader.read_metadata().state_dict_metadata
     for model in models.values():
@@ -197,6 +226,7 @@ def restore(folder: Path, models: Mapping[str, RankModel], mesh: RankMesh) -> di
             prefix = f"{model_name}/optimizer/{name}/"
             slots |= {key: _like(parameter, entry) for key, entry in found.items() if key.startswith(prefix)}
     state = {name: p.detach() for name, p in parameters.items()} | slots
+    _expect_one_rank()
     try:
         dcp.load(state, storage_reader=reader, no_dist=mesh.world_size == 1)
     except CheckpointException as failure:  # no Exception, so nobody else would catch it
@@ -209,7 +239,7 @@ def restore(folder: Path, models: Mapping[str, RankModel], mesh: RankMesh) -> di
     record = json.loads(_rank_file(folder, 0).read_text())
     if record["world_size"] == mesh.world_size:
         set_random_state(json.loads(_rank_file(folder, mesh.rank).read_text())["random"])
-    return record["counters"]
+    set_counters(engine, record["counters"])
 
 
 def _check_same(folder: Path, found: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
