@@ -81,9 +81,9 @@ def test_a_frozen_head_costs_two_products_and_gets_no_gradient(tmp_path, monkeyp
         monkeypatch.setattr(torch, name, counting(getattr(torch, name)))
     step = engine.actor.optimizer_step
 
-    def optimizer_step(lr_scale):
+    def optimizer_step(*arguments):
         has_gradient.update({n: p.grad is not None for n, p in engine.model.named_parameters()})
-        return step(lr_scale)
+        return step(*arguments)
 
     engine.actor.optimizer_step = optimizer_step
     engine.train_step(rank_part(make_batch()))
@@ -98,10 +98,10 @@ def test_gradients_are_those_of_peft_in_float64(model_folder, tmp_path):
     engine, _ = trained(model_folder, tmp_path)
     gradients, parameters = {}, {}
 
-    def keep(scale):
+    def keep(*arguments):
         gradients.update({n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None})
         parameters.update({n: p.detach().clone() for n, p in engine.model.named_parameters()})
-        return engine.actor.__class__.optimizer_step(engine.actor, scale)
+        return engine.actor.__class__.optimizer_step(engine.actor, *arguments)
 
     engine.actor.optimizer_step = keep
     batch = make_batch(capacity=100)
