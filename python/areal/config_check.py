@@ -18,6 +18,7 @@ from areal.config_check_trainer import (
     check_heads,
     check_objective,
     check_offload,
+    check_overlong,
     check_peft,
     check_same_vocabulary,
 )
@@ -36,7 +37,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     check_objective(config)
-    _check_overlong(config)
+    check_overlong(config)
     _check_times(config)
     check_adapters(config)
     check_critic_and_reference(config, longest_sequence(config.train_dataset, config.gconfig))
@@ -194,22 +195,6 @@ def _check_sampling(config: GRPOConfig) -> None:
         raise ConfigError(
             f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
             "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
-        )
-
-
-def _check_overlong(config: GRPOConfig) -> None:
-    actor, longest = config.actor, config.gconfig.max_new_tokens
-    if not actor.overlong_reward_penalty:
-        if actor.overlong_tokens:
-            raise ConfigError(
-                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
-            )
-        return
-    if not 0 < actor.overlong_tokens <= longest:
-        raise ConfigError(
-            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
-            f"and actor.overlong_tokens={actor.overlong_tokens}",
-            f"set actor.overlong_tokens={max(1, longest // 5)}",
         )
 
 

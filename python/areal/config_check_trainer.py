@@ -159,6 +159,36 @@ def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
     return (model.get("vocab"), [(t["content"], t["id"]) for t in tokenizer.get("added_tokens", ())]) if model else None
 
 
+def check_adapters(config: GRPOConfig) -> None:
+    """Keys of actor.lora, and a recipe that is not for reinforcement learning."""
+    if config.dpo is not None:
+        raise ConfigError("dpo is the recipe of another command", "run `areal dpo CONFIG`, or remove dpo")
+    lora = config.actor.lora
+    if lora is None:
+        return
+    if not lora.target_modules:
+        raise ConfigError("actor.lora.target_modules is empty, so nothing would be trained", "set actor.lora.target_modules=all-linear")
+    if lora.sync == "merged":
+        return
+    if config.layout.engine == "sglang":
+        raise ConfigError(
+            "actor.lora.sync=adapter needs the embedded engine: SGLang takes an adapter under a name that every request must then give, and "
+            "what it holds of it cannot be compared with what was sent",
+            "set actor.lora.sync=merged",
+        )
+    if config.transport not in ("shm", "disk"):
+        raise ConfigError(
+            f"actor.lora.sync=adapter works by shared memory or files, and the transport is {config.transport}",
+            "set weight_sync.transport=shm (servers on this machine) or disk, or actor.lora.sync=merged",
+        )
+
+
+def check_peft(config: GRPOConfig) -> None:
+    """What actor.lora needs is installed."""
+    if config.actor.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("actor.lora needs the package 'peft'", "pip install '.[lora]' in areal's folder, or set actor.lora=null")
+
+
 def check_heads(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
     """Whether context ranks can share the attention heads of ``model``, a Hugging Face config that came from ``where``."""
     context = config.trainer_layout.context
@@ -185,29 +215,18 @@ def check_offload(config: GRPOConfig) -> None:
             )
 
 
-def check_adapters(config: GRPOConfig) -> None:
-    """Keys of actor.lora."""
-    lora = config.actor.lora
-    if lora is None:
+def check_overlong(config: GRPOConfig) -> None:
+    """Keys of the penalty for long answers."""
+    actor, longest = config.actor, config.gconfig.max_new_tokens
+    if not actor.overlong_reward_penalty:
+        if actor.overlong_tokens:
+            raise ConfigError(
+                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
+            )
         return
-    if not lora.target_modules:
-        raise ConfigError("actor.lora.target_modules is empty, so nothing would be trained", "set actor.lora.target_modules=all-linear")
-    if lora.sync == "merged":
-        return
-    if config.layout.engine == "sglang":
+    if not 0 < actor.overlong_tokens <= longest:
         raise ConfigError(
-            "actor.lora.sync=adapter needs the embedded engine: SGLang takes an adapter under a name that every request must then give, and "
-            "what it holds of it cannot be compared with what was sent",
-            "set actor.lora.sync=merged",
+            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
+            f"and actor.overlong_tokens={actor.overlong_tokens}",
+            f"set actor.overlong_tokens={max(1, longest // 5)}",
         )
-    if config.transport not in ("shm", "disk"):
-        raise ConfigError(
-            f"actor.lora.sync=adapter works by shared memory or files, and the transport is {config.transport}",
-            "set weight_sync.transport=shm (servers on this machine) or disk, or actor.lora.sync=merged",
-        )
-
-
-def check_peft(config: GRPOConfig) -> None:
-    """What actor.lora needs is installed."""
-    if config.actor.lora is not None and importlib.util.find_spec("peft") is None:
-        raise ConfigError("actor.lora needs the package 'peft'", "pip install '.[lora]' in areal's folder, or set actor.lora=null")

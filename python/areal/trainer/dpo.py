@@ -17,11 +17,11 @@ from areal.trainer.step_stats import StepStats
 
 
 def answer_sums(x: Inputs, values: Tensor) -> Tensor:
-    """[T] -> [n]: the sum over the loss tokens of each sequence; of a micro-batch that only fills up, which is one sequence, none."""
-    n = len(x.lengths)
-    owner = torch.repeat_interleave(torch.arange(n), torch.tensor(x.lengths)).to(values.device)
-    sums = values.new_zeros(n).index_add(0, owner, values.masked_fill(~x.loss_mask, 0.0))
-    return sums[: n // 2 * 2]
+    """[T] -> [answers]: the sum over the loss tokens of each sequence that has any; one without only fills up."""
+    owner = torch.repeat_interleave(torch.arange(len(x.lengths)), torch.tensor(x.lengths)).to(values.device)
+    zeros = values.new_zeros(len(x.lengths))
+    n_tokens = zeros.index_add(0, owner, x.loss_mask.to(values.dtype))
+    return zeros.index_add(0, owner, values.masked_fill(~x.loss_mask, 0.0))[n_tokens > 0]
 
 
 def dpo_backward(actor: RankModel, config: DPOConfig, x: Inputs, reference: Tensor, denominator: float, stats: StepStats) -> None:

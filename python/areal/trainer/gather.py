@@ -105,16 +105,16 @@ class WeightGatherer:
     def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
 
-        A rank that shards with no other hands out its own parameters, not cast, in one part, unless they have adapters. Otherwise a part is a
-        bucket, in memory that the next part uses again.
+        A rank that shards with no other hands out its own parameters, not cast, in one part, unless they have adapters. Otherwise a part is
+        a bucket, in memory that the next part uses again.
         """
         if self._n_shards == 1 and self._adapters is None:
-            yield {} if self._rank else {name: local_part(p.detach()) for name, p in self._parameters.items()}
+            yield {} if self._rank else {name: self._local(name) for name in self._parameters}
             return
         buckets = self._plan(bucket_bytes)
         memory = None
         if self._rank == 0:
-            device = self._device or local_part(next(iter(self._parameters.values()))).device
+            device = self._device or self._local(next(iter(self._parameters))).device
             memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
         for bucket in buckets:
             out = None if memory is None else memory[: bucket.nbytes]
@@ -123,9 +123,12 @@ class WeightGatherer:
 
     def _piece(self, name: str) -> Tensor:
         """This rank's piece of a parameter, on the device from where it goes; on one rank all of it. A collective if it has an adapter."""
-        piece = local_part(self._parameters[name].detach())
-        piece = piece if self._adapters is None else self._adapters.added_to(name, piece)
-        return piece if self._device is None else piece.to(self._device)
+        local = self._local(name)
+        local = local if self._device is None else local.to(self._device)
+        return local if self._adapters is None else self._adapters.added_to(name, local)
+
+    def _local(self, name: str) -> Tensor:
+        return local_part(self._parameters[name].detach())
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
         """Where the pieces that ``rank`` holds lie in the bucket, without those that are empty."""
