@@ -258,6 +258,24 @@ def test_kl_in_the_reward_is_that_of_the_policy_before_the_step(model_folder, tm
     assert of_behaviour.row["kl_reward"] == pytest.approx(float((behaviour - ref)[mask].mean()), rel=1e-4)
 
 
+def test_log_probs_of_the_score_are_not_computed_again(model_folder, tmp_path):
+    groups = make_groups()
+    keys = {"kl_ctl": 0.5, "kl_in": "reward", "ppo_n_minibatches": 2, "optimizer": {"lr": 1e-2}}
+    config, engine = make_engine(model_folder, tmp_path, cls=Recording, **keys)
+    _, other = make_engine(model_folder, tmp_path, cls=Recording, **keys)
+    batch = prepare(config, engine, groups).batch
+    assert [mb.proximal_logprobs is None for m in batch.minibatches for mb in m.ranks[0]] == [True, False]
+    passes, compute = [], engine.actor.frozen_logprobs
+    engine.actor.frozen_logprobs = lambda *args: passes.append(1) or compute(*args)
+    stats = engine.train_step(rank_part(batch.minibatches))
+    assert not passes
+    batch.minibatches[1].ranks[0][0].proximal_logprobs = None
+    expected = other.train_step(rank_part(batch.minibatches))
+    for first, second in zip(engine.gradients["actor"], other.gradients["actor"], strict=True):
+        assert relative_difference(first, second) < 1e-7
+    assert stats["kl_proximal"] == pytest.approx(expected["kl_proximal"], abs=1e-9)
+
+
 def collected(config, engine, groups):
     """The reference model's log-probs by sample, by way of the loss."""
     batch = prepare(config.new(actor=config.actor.new(kl_in="loss")), engine, groups).batch

@@ -35,6 +35,7 @@ class SupervisedTrainer(ABC, Generic[R]):
 
         self.config = config
         self._with_rollout = with_rollout
+        # no model is loaded that is not asked
         alone = config.new(critic=None, actor=config.actor.new(kl_ctl=0.0), dpo=config.dpo if self._takes_preferences else None)
         self._cluster = Cluster(alone, train_dataset, with_rollout=with_rollout)
         self._given = [] if train_dataset is None else ["train_dataset"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,8 @@ from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
 from areal.trainer.meters import matmul_peak
 from areal.trainer.model import RankModel
-from areal.trainer.ppo import ppo_backward, recomputes_proximal
+from areal.trainer.ppo import policy_denominator, ppo_backward, recomputes_proximal
+from areal.trainer.scoring import score_each
 from areal.trainer.sft import sft_backward
 from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
@@ -153,26 +155,19 @@ class TrainEngine:
         begin = time.time()
         stats = self._opened = StepStats(self.device, counts=self.mesh.counts)  # the train step's: what is done here belongs to it
 
-        def of_each(
-            cut: Sequence[Sequence[Microbatch]], model: RankModel, compute: Callable[[list[Inputs]], list[Tensor]]
-        ) -> list[list[Any]]:
-            inputs = [[self._put(mb) for mb in mbs] for mbs in cut]
-            with stats.phase("recompute"):
-                found = [zip(mbs, compute(x), strict=True) for mbs, x in zip(cut, inputs, strict=True)]
-            stats.add_flops(sum(model.flops_of(x, training=False) for same in inputs for x in same))
-            return [[t[: mb.n_tokens].cpu().numpy() for mb, t in pairs] for pairs in found]
+        def of_each(model: RankModel, compute: Callable[[list[Inputs]], list[Tensor]], cut: Sequence[Sequence[Microbatch]]) -> list[Any]:
+            return score_each(cut, self._put, model, compute, stats)
 
         result: dict[str, Any] = {}
         if self.reference is not None or self._base_is_reference:
-            result["ref_logprobs"] = of_each(
-                minibatches, self.reference or self.actor, lambda inputs: self._reference_logprobs(inputs, self._temperature)
-            )
+            of_reference = partial(self._reference_logprobs, temperature=self._temperature)
+            result["ref_logprobs"] = of_each(self.reference or self.actor, of_reference, minibatches)
         if self.critic is not None:
-            result["values"] = of_each(critic, self.critic.model, self.critic.model.frozen_values)
+            result["values"] = of_each(self.critic.model, self.critic.model.frozen_values, critic)
         elif self.shared_critic is not None:
-            result["values"] = of_each(minibatches, self.actor, self.actor.frozen_values)
+            result["values"] = of_each(self.actor, self.actor.frozen_values, minibatches)
         if logprobs:
-            result["logprobs"] = of_each(minibatches, self.actor, lambda inputs: self.actor.frozen_logprobs(inputs, self._temperature))
+            result["logprobs"] = of_each(self.actor, partial(self.actor.frozen_logprobs, temperature=self._temperature), minibatches)
         return {**result, "spans": [["scoring", begin, time.time()]]}
 
     def train_step(self, minibatches: Sequence[RankMinibatch], critic: Sequence[RankMinibatch] = ()) -> dict[str, Any]:
@@ -196,8 +191,7 @@ class TrainEngine:
         recomputes = recomputes_proximal(self.config)
         if recomputes:
             with stats.phase("recompute"):
-                proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
-            stats.add_flops(sum(self.actor.flops_of(x, training=False) for inputs in prepared[1:] for x in inputs))
+                proximal += [self._proximal_logprobs(inputs, stats) for inputs in prepared[1:]]
         recomputed = time.time()
         if len(minibatches) > 1 and recomputes:
             stats.span("recompute", begin, recomputed)
@@ -215,6 +209,14 @@ class TrainEngine:
         self._check_finite("ppo")
         of_critic = {} if self.critic is None else self._train_critic(self.critic, critic, stats)
         return {**self._finish(stats, lr_scale, len(minibatches)), **of_critic}
+
+    def _proximal_logprobs(self, inputs: Sequence[Inputs], stats: StepStats) -> list[Tensor]:
+        """Those of the actor as it is now, computed unless the micro-batches came with them."""
+        known = [x.proximal_logprobs for x in inputs if x.proximal_logprobs is not None]
+        if len(known) == len(inputs):
+            return known
+        stats.add_flops(sum(self.actor.flops_of(x, training=False) for x in inputs))
+        return self.actor.frozen_logprobs(inputs, self._temperature)
 
     def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], of_step: StepStats) -> dict[str, Any]:
         begin = time.time()
@@ -251,7 +253,7 @@ class TrainEngine:
     def backward(self, x: Inputs, proximal: Tensor | None, progress: float, minibatch: RankMinibatch, stats: StepStats) -> None:
         """Adds the gradients of the policy's loss of one micro-batch of ``minibatch``; the arguments are those of ``ppo_backward``."""
         values = value_inputs(x, self.shared_critic, minibatch.denominator)
-        denominator = self._policy_denominator(minibatch)
+        denominator = policy_denominator(self.config, minibatch.policy_denominator, minibatch.denominator)
         with stats.phase("forward"):  # the head's gradients are made there too
             ppo_backward(self.actor, self.config, x, proximal, progress, denominator, self._temperature, stats, values)
         stats.add_flops(self.actor.flops_of(x, training=True))
@@ -294,16 +296,6 @@ class TrainEngine:
 
     def _put(self, microbatch: Microbatch) -> Inputs:
         return to_device(microbatch, self.device, self.version, self.mesh)
-
-    def _policy_denominator(self, minibatch: RankMinibatch) -> float:
-        if minibatch.policy_denominator is not None:
-            return minibatch.policy_denominator
-        if self.config.loss_normalization != "token":
-            raise ValueError(
-                f"actor.loss_normalization={self.config.loss_normalization} needs a policy_denominator with each mini-batch; "
-                "make_train_batch gives it"
-            )
-        return minibatch.denominator
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
         with stats.phase("optimizer"):
@@ -379,7 +371,7 @@ class TrainEngine:
         return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies on the CPU of all that a checkpoint holds: parameters, and buffers that are not trained; a collective, None on ranks other
+        """Copies on the CPU of all that a checkpoint holds: ``weights``, and buffers that are not trained; a collective, None on ranks other
         than 0."""
         weights = self.weights()
         if weights is None:

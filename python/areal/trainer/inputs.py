@@ -33,9 +33,10 @@ class Inputs:
     """Loss tokens that the current version sampled."""
     age: Tensor
     """float32: how many versions before the current one a loss token was sampled."""
-    ref_logprobs: Tensor | None = None
     part: ContextPart | None = None
     """What this rank computes, if it shares the micro-batch with others."""
+    ref_logprobs: Tensor | None = None
+    proximal_logprobs: Tensor | None = None
     values: Tensor | None = None
     """Where a critic is trained: what it said before the train step, and what it should have said."""
     returns: Tensor | None = None
@@ -68,6 +69,7 @@ def to_device(mb: Microbatch, device: torch.device, version: int, mesh: RankMesh
         age=put(np.where(mb.loss_mask, version - mb.versions, 0).astype(np.float32)),
         ref_logprobs=None if mb.ref_logprobs is None else put(mb.ref_logprobs),
         part=None if mesh is None else _part(mesh, mb.n_tokens, rows, shared),
+        proximal_logprobs=None if mb.proximal_logprobs is None else put(mb.proximal_logprobs),
         values=None if mb.values is None else put(mb.values),
         returns=None if mb.returns is None else put(mb.returns),
     )
