@@ -28,7 +28,6 @@ from tests.sandbox_levels import LEVELS, PATIENT, needs_namespaces
 
 UNPRIVILEGED = """
 from areal.reward.code import CodeReward
-from areal.reward.process import RewardFailure
 from areal.reward.sandbox.limits import Limits
 from tests.hostile_programs import CHEATS, HARMFUL, HONEST, SPIES, TESTS
 score = CodeReward({level!r}, Limits(cpu_seconds=0.4, wall_seconds=20))
@@ -73,7 +72,6 @@ def test_the_end_of_the_scoring_process_is_the_end_of_everything(level: Isolatio
     program = HARMFUL["fork bomb that sleeps"]
     script = f"""
 from areal.reward.code import CodeReward
-from areal.reward.process import RewardFailure
 from areal.reward.sandbox.limits import Limits
 CodeReward({level!r}, Limits(cpu_seconds=60, wall_seconds=60)).run({program!r}, "pass")
 """
@@ -151,8 +149,7 @@ async def score_all(rows: list[tuple[str, str, str, float]], score: CodeReward, 
                 lost[f"{name}: {failure}"] += 1
                 return
             if got != earned:
-                again = await asyncio.to_thread(score.run, completion, tests)
-                lost[f"{name}: {got}; another time {again}"] += 1
+                lost[f"{name}: {got}"] += 1
 
         async with asyncio.TaskGroup() as tasks:
             for row in rows:

@@ -225,7 +225,9 @@ def test_a_closed_gate_holds_new_requests_and_a_dead_server_releases_them(models
             asyncio.ensure_future(client.agenerate(ModelRequest([3, 4], GenerationConfig(max_new_tokens=2000, ignore_eos=True))))
             for _ in range(8)
         ]
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(10):
+            while (await client.engine_stats())[server.url]["running"] < len(tasks):
+                await asyncio.sleep(0.01)
         await client.interrupt(server.url)
         tasks.append(asyncio.ensure_future(client.agenerate(ModelRequest([3, 5], GenerationConfig(max_new_tokens=8)))))
         await asyncio.sleep(0.5)

@@ -197,9 +197,9 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
             return context.run(function)
         except StopIteration as error:  # a future cannot hold it
             raise RuntimeError(f"the agent raised StopIteration: {error}") from error
-        except Exception:
-            raise
-        except BaseException as error:  # SystemExit is the agent's end, not the run's
+        except BaseException as error:  # boundary to the user's agent: SystemExit is its end, not the run's
+            if isinstance(error, Exception):
+                raise
             raise RuntimeError(f"the agent raised {error!r}") from error
 
     return await loop.run_in_executor(_THREADS, work)

@@ -116,11 +116,7 @@ class ChildProcess:
     def poll(self) -> int | None:
         """Exit code, negative for a signal; None while it runs. What is left of its process group is killed when its end is seen."""
         with self._reaping:
-            if self._process.returncode is None and self._has_ended():
-                # Before it is reaped: afterwards its number may be that of somebody else's process group.
-                self._signal_group(signal.SIGKILL)
-                self._process.wait()
-            return self._process.returncode
+            return self._poll()
 
     def wait(self, timeout: float) -> int | None:
         """Exit code as ``poll``; None if it still runs after ``timeout`` seconds."""
@@ -129,11 +125,17 @@ class ChildProcess:
             time.sleep(0.005)
         return code
 
-    def _has_ended(self) -> bool:
-        try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # reaped by somebody who waits for any child
-            return True
+    def _poll(self) -> int | None:
+        if self._process.returncode is None:
+            try:
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # reaped by somebody who waits for any child
+                return self._process.poll()
+            if ended is not None:
+                # Before it is reaped: afterwards its number may be that of somebody else's process group.
+                self._signal_group(signal.SIGKILL)
+                self._process.wait(timeout=10)  # returns at once
+        return self._process.returncode
 
     def last_log_lines(self, n: int = 10) -> str:
         if self.log_path is None:
@@ -182,7 +184,7 @@ class ChildProcess:
     def _signal(self, number: int) -> None:
         """To the process group, unless its leader was seen to have ended."""
         with self._reaping:
-            if self._process.returncode is None:
+            if self._poll() is None:
                 self._signal_group(number)
 
     def _signal_group(self, number: int) -> None:

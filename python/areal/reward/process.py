@@ -291,8 +291,6 @@ class RewardProcess(asyncio.Protocol):
                 self.kill()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _SLOWEST_POLL)
-        if not self._killed:
-            self.kill()  # what it has started
         return True
 
 

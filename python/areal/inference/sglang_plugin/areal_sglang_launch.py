@@ -33,5 +33,5 @@ if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")
 elif __name__ == "__mp_main__":
     # By the number it was told: the parent of one whose parent has died meanwhile is another process.
-    die_with_parent(int(os.environ.get(_SPAWNER_VARIABLE, os.getppid())))
+    die_with_parent(int(os.environ[_SPAWNER_VARIABLE]))
     os.environ[_SPAWNER_VARIABLE] = str(os.getpid())
