@@ -19,6 +19,7 @@ from areal.reward import RewardService
 from areal.reward.code import CodeReward
 from areal.reward.process import RewardFailure
 from areal.reward.sandbox.client import fork_server
+from areal.reward.sandbox.harness import STOP
 from areal.reward.sandbox.judge import Outcome, SandboxError
 from areal.reward.sandbox.limits import MIB, Isolation, Limits
 from tests.code_problems import PROBLEMS
@@ -109,6 +110,18 @@ def test_a_fork_server_that_dies_or_hangs_is_a_failure_and_is_replaced(level: Is
             servers[0].kill()
             servers[0].wait(10)
         assert score.run(HONEST, TESTS["asserts"]).passed
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_program_that_ends_while_it_is_told_to_does_no_harm_to_the_next(level: Isolation) -> None:
+    score = CodeReward(level, PATIENT)
+    assert score.run(HONEST, TESTS["asserts"]).passed
+    with fork_server(level) as server:
+        server._socket.send(STOP)  # comes when the program has been reported
+        pid = server._process.pid
+    assert score.run(HONEST, TESTS["asserts"]).passed
+    with fork_server(level) as server:
+        assert server._process.pid == pid
 
 
 def mixture(n: int, seed: int) -> list[tuple[str, str, str, float]]:

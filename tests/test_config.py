@@ -121,7 +121,7 @@ WRONG = {
     "rollout.consumer_batch_size=many": "'rollout.consumer_batch_size' is 'many', but must be a whole number",
     "rollout.consumer_batch_size=2.5": "'rollout.consumer_batch_size' is 2.5, but must be a whole number",
     "rollout.consumer_batch_size=0": "'rollout.consumer_batch_size' is 0, but must be at least 1",
-    "actor.eps_clip=1": "'actor.eps_clip' is 1, but must be less than 1",
+    "actor.eps_clip=0": "'actor.eps_clip' is 0, but must be greater than 0",
     "actor.optimizer.lr=-1": "'actor.optimizer.lr' is -1, but must be greater than 0",
     "gconfig.top_p=2": "'gconfig.top_p' is 2, but must be at most 1",
     "deterministic=perhaps": "'deterministic' is 'perhaps', but must be true or false",
@@ -183,6 +183,10 @@ CLASHES = {
     "actor.overlong_reward_penalty=true": ("1 to gconfig.max_new_tokens=", "set actor.overlong_tokens="),
     "rollout.dynamic_filter=my_filter": ("rollout.dynamic_filter='my_filter' is not an import path", "package.module:name"),
     "reward_fn=my_module": ("is not an import path", "package.module:name"),
+    "actor.eps_clip=1": ("actor.eps_clip=1 leaves no lower end", "actor.objective=cispo takes 1 and more"),
+    "actor.behav_imp_weight_mode=mask": ("behav_imp_weight_mode=mask has no weight to mask", "set actor.behav_imp_weight_cap=2"),
+    "actor.behav_imp_weight_level=sequence": ("multiplies the weights of a whole sequence", "set actor.behav_imp_weight_cap=2"),
+    "actor.behav_filter_level=sequence": ("actor.behav_filter_level=sequence has no effect", "set actor.behav_filter_cap=2"),
     "actor.device=gpu": ("actor.device='gpu' is not a device", "use auto, cpu, cuda"),
 }
 
@@ -203,6 +207,8 @@ PAIRS = {
     ("actor.behav_imp_weight_cap=5", "actor.use_decoupled_loss=false"): "only the decoupled loss has",
     ("actor.overlong_reward_penalty=true", "actor.overlong_tokens=1000"): "actor.overlong_tokens=1000",
     ("rollout.dynamic_filter=mixed", "gconfig.n_samples=1", "actor.reward_norm=null"): "compares the samples of a group",
+    ("actor.objective=cispo", "actor.c_clip=3"): "actor.c_clip=3 has no effect with actor.objective=cispo",
+    ("actor.prox_logp_method=loglinear", "actor.use_decoupled_loss=false"): "which only the decoupled loss has",
     ("actor.behav_filter_cap=5", "actor.use_decoupled_loss=false", "actor.recompute_logprob=false"): "needs the recomputed log-probs",
 }
 

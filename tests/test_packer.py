@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from areal.packer import make_train_batch
+from areal.packer import collect, fill, make_train_batch
 from areal.types import Group, TrainBatch, Trajectory
 
 
@@ -88,6 +90,25 @@ def test_the_denominator_is_never_zero() -> None:
     assert make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=64, world_size=1).minibatches[0].denominator == 1.0
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_denominator_of_the_policy(world_size: int) -> None:
+    groups, advantages = make_groups(4, 3)
+    groups[0].trajectories[1].loss_mask[:] = False
+    samples = [t for group in groups for t in group.trajectories]
+
+    def denominators(**options: Any) -> list[float | None]:
+        batch = make_train_batch(groups, advantages, n_minibatches=2, max_tokens_per_mb=120, world_size=world_size, **options)
+        assert [m.denominator for m in batch.minibatches] == tokens
+        return [m.policy_denominator for m in batch.minibatches]
+
+    tokens = [float(sum(t.loss_mask.sum() for t in half)) for half in (samples[:6], samples[6:])]
+    assert denominators() == denominators(loss_normalization="token") == tokens
+    assert denominators(loss_normalization="sequence") == [5.0, 6.0], "sequences without loss tokens do not count"
+    assert denominators(loss_normalization="fixed", max_new_tokens=50) == [250.0, 300.0]
+    with pytest.raises(ValueError, match="loss_normalization='fixed' needs max_new_tokens"):
+        denominators(loss_normalization="fixed")
+
+
 def test_mistakes_are_named() -> None:
     groups, advantages = make_groups(2, 2)
     with pytest.raises(ValueError, match="2 groups cannot be cut into 3 mini-batches"):
@@ -98,3 +119,22 @@ def test_mistakes_are_named() -> None:
         make_train_batch(groups, [advantages[0], advantages[1][::-1][:1]], n_minibatches=1, max_tokens_per_mb=64, world_size=1)
     with pytest.raises(ValueError, match="max_tokens_per_mb"):
         make_train_batch(groups, advantages, n_minibatches=1, max_tokens_per_mb=3, world_size=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_collect_and_fill_lead_back_to_the_samples(world_size: int) -> None:
+    """``advantages`` of the samples are packed with them: filled again from what was collected they do not move."""
+    groups, advantages = make_groups(10, 4)
+    keys = {"n_minibatches": 3, "max_tokens_per_mb": 120, "world_size": world_size}
+    given, empty = make_train_batch(groups, advantages, **keys), make_train_batch(groups, None, **keys)
+    assert not any(mb.advantages.any() for m in empty.minibatches for rank in m.ranks for mb in rank)
+    per_sample = collect(given.minibatches, [[[mb.advantages for mb in rank] for rank in m.ranks] for m in given.minibatches])
+    for got, expected in zip(per_sample, (a for group in advantages for a in group), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    fill(empty.minibatches, "returns", per_sample)
+    for m, n in zip(given.minibatches, empty.minibatches, strict=True):
+        for mb, other in zip((mb for rank in m.ranks for mb in rank), (mb for rank in n.ranks for mb in rank), strict=True):
+            np.testing.assert_array_equal(other.returns, mb.advantages)
+            assert other.returns.dtype == np.float32
+    with pytest.raises(ValueError, match="values: .* tokens for a micro-batch of"):
+        fill(empty.minibatches, "values", [a[1:] for a in per_sample])

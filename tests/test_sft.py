@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chat_templates import byte_tokenizer
 
 from areal.config import ActorConfig, ConfigError, DatasetConfig, GRPOConfig, SFTConfig
 from areal.config_load import load_expr_config
@@ -14,6 +17,8 @@ from areal.data import PromptDataset, load_dataset
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
 from areal.sft import RateSchedule, SFTTrainer, SupervisedRun, check_rows
 from areal.tasks.arithmetic import build_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,24 @@ def test_unusable_demonstrations_are_dropped_and_counted(tmp_path, tokenizer):
     assert demonstrations.dropped == {"prompt_too_long": 1}
 
 
+@pytest.mark.parametrize("template", ["qwen2.5", "llama3"])
+def test_of_a_conversation_every_answer_is_learned(tmp_path, template):
+    tokenizer = byte_tokenizer(template)
+    said = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "Sure?"), ("assistant", "Yes. 4.")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    rows = [{"chat": messages}, {"chat": messages[:-1]}, {"chat": messages[2:]}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = DatasetConfig(path=str(path), prompt_key="chat", shuffle=False)
+    demonstrations = Demonstrations(load_dataset(dataset, split="demonstrations"), tokenizer, max_tokens=2000)
+    sample, _ = demonstrations.batch(2)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(sample.input_ids) == whole.rstrip("\n")
+    end = tokenizer.eos_token
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == f"4{end}Yes. 4.{end}"
+    assert demonstrations.dropped == {"malformed_row": 2}  # one ends with a question, one begins with an answer
+
+
 def test_nothing_but_unusable_demonstrations_is_an_error_not_a_hang(tokenizer):
     rows = PromptDataset([{"prompt": "a1=", "answer": "#1"}])
     with pytest.raises(ConfigError, match=r"unusable, the last because .* 6 tokens, 4 fit"):
@@ -85,6 +108,11 @@ def test_rates_fall_linearly_and_fall_on_in_the_cool_down():
     schedule.cool_down(50)
     assert schedule.cooling and schedule.n_steps == 60
     assert [schedule.scale(s) for s in (50, 55, 60)] == pytest.approx([0.6, 0.325, 0.05])
+
+
+def test_the_rates_rise_over_the_warm_up():
+    config = SFTConfig(total_steps=100, lr_end=1.0, optimizer={"warmup_steps": 4})
+    assert [RateSchedule(config).scale(s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_cool_down_never_raises_the_rates():
@@ -220,3 +248,22 @@ def test_accuracy_is_checked_on_a_real_rollout_server(tmp_path):
         result = trainer.train()
     assert result.steps == 8 and not result.reached
     assert result.accuracy is not None and result.accuracy < 0.99
+
+
+def test_the_command(tmp_path):
+    """`areal sft` on JSONL rows, and its mistakes."""
+    from tests.rollout_servers import make_model
+
+    make_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"q": "a1b+1=", "a": "#2"}\n{"q": "a1b+2="}\n')
+    keys = {"actor.init_from_scratch": "null", "actor.path": tmp_path / "model", "stats_logger.fileroot": tmp_path, "warmup.total_steps": 3}
+    rows = {"type": "jsonl", "path": tmp_path / "rows.jsonl", "prompt_key": "q", "answer_key": "a"}
+    words = [f"{k}={v}" for k, v in keys.items()] + [f"train_dataset.{k}={v}" for k, v in rows.items()]
+    command = [sys.executable, "-m", "areal", "sft", str(EXAMPLES / "sft.yaml"), *words]
+    done = subprocess.run([*command, "saver.every_steps=2"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(Path(done.stdout.strip()).read_text())
+    assert summary["steps"] == 3 and summary["dropped"]["malformed_row"] >= 95
+    assert {f.name for f in (Path(done.stdout.strip()).parent / "checkpoints").iterdir()} == {"step_000002", "final"}
+    wrong = subprocess.run([*command, "warmup=null"], capture_output=True, text=True, timeout=100)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: supervised training needs its recipe under the key 'warmup'")

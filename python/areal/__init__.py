@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from areal.config import GRPOConfig as GRPOConfig
     from areal.config_load import load_expr_config as load_expr_config
     from areal.controller import PPOTrainer as PPOTrainer
+    from areal.dpo import DPOTrainer as DPOTrainer
     from areal.reward.service import AsyncRewardWrapper as AsyncRewardWrapper
     from areal.sft import SFTTrainer as SFTTrainer
     from areal.tool_calls import ToolCall as ToolCall
@@ -33,6 +34,7 @@ _HOMES = {
     "AgentWorkflow": "areal.agent.workflow",
     "AsyncRewardWrapper": "areal.reward.service",
     "ConfigError": "areal.config",
+    "DPOTrainer": "areal.dpo",
     "GRPOConfig": "areal.config",
     "GenerationConfig": "areal.config",
     "GenerationHyperparameters": "areal.config",
@@ -54,6 +56,7 @@ __all__ = [
     "AgentWorkflow",
     "AsyncRewardWrapper",
     "ConfigError",
+    "DPOTrainer",
     "GRPOConfig",
     "GenerationConfig",
     "GenerationHyperparameters",

@@ -1,4 +1,4 @@
-"""The command line: ``areal train | serve | reward-server | eval | score | doctor | report``.
+"""The command line: ``areal train | sft | dpo | serve | reward-server | eval | score | doctor | report``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -13,6 +13,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from areal.supervised_command import add_supervised, run_supervised
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_train(commands)
+    add_supervised(commands)
     _add_serve(commands)
     _add_reward_server(commands)
     _add_eval(commands)
@@ -154,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv[:cut])
     args.server_options = argv[cut + 1 :]
     # argparse does not take key=value words behind an option.
-    if args.command in ("train", "eval") and all("=" in word and not word.startswith("-") for word in rest):
+    if args.command in ("train", "sft", "dpo", "eval") and all("=" in word and not word.startswith("-") for word in rest):
         args.words += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -226,6 +229,15 @@ def _train(args: argparse.Namespace) -> int:
         print(f"report: {picture}", file=sys.stderr)
     print(run_folder / "summary.json")
     return 0
+
+
+def _supervised(args: argparse.Namespace) -> int:
+    def prepare() -> None:
+        _import_from_here()
+        _end_in_order()
+        _log_warnings()
+
+    return run_supervised(args, prepare)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -344,7 +356,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": _train, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
+    "train": _train, "sft": _supervised, "dpo": _supervised, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
 }  # fmt: skip
 
 

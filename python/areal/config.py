@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from areal.config_data import DatasetConfig, DPOConfig, SFTConfig
 from areal.config_rollout import (
     ConfigError,
     RolloutConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "ActorConfig",
     "ConfigError",
     "CriticConfig",
+    "DPOConfig",
     "DatasetConfig",
     "EvaluatorConfig",
     "GRPOConfig",
@@ -92,69 +94,6 @@ class GenerationConfig(Section):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is larger than max_new_tokens={self.max_new_tokens}; lower it")
         return self
-
-
-class DatasetConfig(Section):
-    """Where prompts come from."""
-
-    type: Literal["arithmetic", "jsonl", "huggingface", "given"] = "jsonl"
-    """arithmetic is generated, jsonl a file, huggingface a data set of the `datasets` library, given the rows a script hands over."""
-    path: str = ""
-    """JSONL file, or the name or folder of a Hugging Face data set."""
-    split: str = "train"
-    """huggingface: which split."""
-    prompt_key: str = "question"
-    """Column with the prompt (a string, chat messages, or token ids)."""
-    answer_key: str = "answer"
-    """Column with the reference answer; it is given to the reward function like every other column."""
-    chat_template: bool = True
-    """Put the prompt through the tokenizer's chat template (if it has one)."""
-    shuffle: bool = True
-    """A new order every epoch, from the seed."""
-    max_prompt_len: int = Field(1024, ge=1)
-    """Tokens; a longer prompt is dropped and counted."""
-    limit: int = Field(0, ge=0)
-    """Use the first rows only; 0 = all."""
-    min_terms: int = Field(3, ge=1)
-    """arithmetic: fewest terms of a chain."""
-    max_terms: int = Field(8, ge=1)
-    """arithmetic: most terms of a chain (64 at most)."""
-    terms: Literal["uniform", "log_uniform"] = "uniform"
-    """arithmetic: how the number of terms is drawn; log_uniform has many short chains and a long tail."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.type in ("jsonl", "huggingface") and not self.path:
-            raise ValueError(f"a data set of type '{self.type}' needs path")
-        if self.max_terms < self.min_terms:
-            raise ValueError(f"max_terms={self.max_terms} is smaller than min_terms={self.min_terms}; raise it")
-        return self
-
-
-class SFTConfig(Section):
-    """Supervised training on demonstrations (rows with a prompt and an answer)."""
-
-    dataset: DatasetConfig | None = None
-    """Demonstrations; null = those of train_dataset (the arithmetic task brings its own)."""
-    batch_size: int = Field(32, ge=1)
-    """Demonstrations per step."""
-    total_steps: int = Field(1400, ge=1)
-    """Optimizer steps at most."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    lr_end: float = Field(0.15, ge=0, le=1)
-    """The rates fall linearly to this share of their start over total_steps."""
-    eval_every: int = Field(50, ge=1)
-    """Steps between two checks of stop_at_accuracy."""
-    stop_at_accuracy: float | None = Field(None, gt=0, le=1)
-    """When generated answers (forced_prefix first) reach this accuracy, cool down and stop; null = run all steps."""
-    eval_samples: int = Field(192, ge=1)
-    """Prompts of one check."""
-    forced_prefix: str = ""
-    """Text that evaluation answers must begin with: 'thinking' answers only (arithmetic fills in its own)."""
-    cooldown_steps: int = Field(150, ge=1)
-    """Steps from the moment that accuracy is reached to the end."""
-    cooldown_lr_end: float = Field(0.05, ge=0, le=1)
-    """The rates fall linearly to this share of their start during the cool-down."""
 
 
 class SaverConfig(Section):
@@ -272,7 +211,9 @@ class GRPOConfig(Section):
     """Held-out prompts; null = the arithmetic task's own held-out split, or no evaluation."""
     reward: RewardConfig = Field(default_factory=RewardConfig)
     warmup: SFTConfig | None = None
-    """Supervised training before reinforcement learning; null = none."""
+    """Supervised training before reinforcement learning, or all of it (areal sft); null = none."""
+    dpo: DPOConfig | None = None
+    """Training on preferences instead of reinforcement learning (areal dpo)."""
     saver: SaverConfig = Field(default_factory=SaverConfig)
     recover: RecoverConfig = Field(default_factory=RecoverConfig)
     evaluator: EvaluatorConfig = Field(default_factory=EvaluatorConfig)
@@ -290,8 +231,8 @@ class GRPOConfig(Section):
 
     @property
     def uses_ref(self) -> bool:
-        """Whether a reference model is loaded."""
-        return self.actor.kl_ctl > 0
+        """Whether there is a reference model."""
+        return self.actor.kl_ctl > 0 or self.dpo is not None
 
     @property
     def update_mode(self) -> Literal["abort", "retract", "in_place"]:

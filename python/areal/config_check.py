@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfig, SGLangConfig
+from areal.config_check_trainer import (
+    check_adapters,
+    check_critic_and_reference,
+    check_objective,
+    check_peft,
+    check_same_vocabulary,
+)
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
 from areal.inference.sglang import sglang_python
 from areal.launcher.gpus import count_gpus
@@ -26,14 +33,16 @@ def check_config(config: GRPOConfig) -> None:
     _check_batch(config, n_data_ranks)
     _check_lengths(config)
     _check_sampling(config)
-    _check_loss(config)
+    check_objective(config)
     _check_overlong(config)
     _check_times(config)
+    check_adapters(config)
+    check_critic_and_reference(config, longest_sequence(config.train_dataset, config.gconfig))
     if config.deterministic:
         _check_deterministic(config)
     _check_names(config)
     for key, device in _devices(config).items():
-        _check_device_name(key, device)
+        check_device_name(key, device)
 
 
 def _check_names(config: GRPOConfig) -> None:
@@ -185,17 +194,6 @@ def _check_sampling(config: GRPOConfig) -> None:
         )
 
 
-def _check_loss(config: GRPOConfig) -> None:
-    actor = config.actor
-    if actor.behav_imp_weight_cap is not None and not actor.use_decoupled_loss:
-        raise ConfigError(
-            "actor.behav_imp_weight_cap truncates a weight that only the decoupled loss has",
-            "set actor.use_decoupled_loss=true, or remove the cap",
-        )
-    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
-        raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
-
-
 def _check_overlong(config: GRPOConfig) -> None:
     actor, longest = config.actor, config.gconfig.max_new_tokens
     if not actor.overlong_reward_penalty:
@@ -238,14 +236,19 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
+    check_peft(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)
     if trains:
         _check_transport(config)
     _check_reward(config)
     _check_named(config)
-    if config.actor.path:
-        check_model_dir("actor.path", config.actor.path, config)
+    paths = {"actor.path": config.actor.path, "ref.path": config.ref.path, "critic.path": config.critic.path if config.critic else ""}
+    for key, path in paths.items():
+        if path:
+            check_model_dir(key, path, config)
+            if config.actor.path:
+                check_same_vocabulary(key, path, config.actor.path)
     for key, dataset in (("train_dataset", config.train_dataset), ("valid_dataset", config.valid_dataset)):
         if dataset is not None and dataset.type == "jsonl" and key not in given and not Path(dataset.path).expanduser().is_file():
             raise ConfigError(
@@ -289,17 +292,22 @@ def _check_reward(config: GRPOConfig) -> None:
 
 
 def _check_gpus(config: GRPOConfig) -> None:
-    for key, device in _devices(config).items():
-        check_device(key, device)
-    n_gpus = count_gpus()
-    n_ranks = config.trainer_layout.world_size
+    check_device("rollout.device", config.rollout.device)
+    n_gpus = check_trainer_gpus(config)
+    if not config.rollout.urls and n_gpus:
+        _check_server_gpus(config, n_gpus)
+
+
+def check_trainer_gpus(config: GRPOConfig) -> int:
+    """Whether each rank has one, where they are to run on GPUs; returns how many there are."""
+    check_device("actor.device", config.actor.device)
+    n_gpus, n_ranks = count_gpus(), config.trainer_layout.world_size
     if config.actor.device != "cpu" and 0 < n_gpus < n_ranks:
         raise ConfigError(
             f"actor.backend='{config.actor.backend}' needs {n_ranks} GPUs, one a rank, and this machine has {n_gpus}",
             f"set actor.backend=fsdp:d{n_gpus}, or actor.device=cpu",
         )
-    if not config.rollout.urls and n_gpus:
-        _check_server_gpus(config, n_gpus)
+    return n_gpus
 
 
 def _check_server_gpus(config: GRPOConfig, n_gpus: int) -> None:
@@ -343,14 +351,15 @@ def _check_transport(config: GRPOConfig) -> None:
         )
 
 
-def _check_device_name(key: str, device: str) -> None:
+def check_device_name(key: str, device: str) -> None:
+    """Whether it is the name of a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ConfigError(f"{key}='{device}' is not a device", "use auto, cpu, cuda or cuda:N")
 
 
 def check_device(key: str, device: str) -> None:
     """Whether this machine has the device."""
-    _check_device_name(key, device)
+    check_device_name(key, device)
     if not device.startswith("cuda"):
         return
     n_gpus = count_gpus()

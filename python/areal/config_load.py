@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +40,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_expr_config(argv: Sequence[str], config_class: type[ConfigT] = GRPOConfig) -> tuple[ConfigT, str]:  # type: ignore[assignment]
+def load_expr_config(
+    argv: Sequence[str],
+    config_class: type[ConfigT] = GRPOConfig,  # type: ignore[assignment]
+    check: Callable[[GRPOConfig], None] = check_config,
+) -> tuple[ConfigT, str]:
     """``["--config", "x.yaml", "actor.eps_clip=0.3", ...]`` (or the path alone in front) -> (configuration, path of the file).
 
-    Raises ``ConfigError``: one sentence for a missing or malformed file, an unknown key, a wrong type, an impossible combination.
+    ``check`` looks for combinations of keys that are impossible; another command has another one. Raises ``ConfigError``: one sentence for a
+    missing or malformed file, an unknown key, a wrong type, an impossible combination.
     """
     path, overrides = _split_argv(argv)
     tree = read_yaml(path)
@@ -51,7 +56,7 @@ def load_expr_config(argv: Sequence[str], config_class: type[ConfigT] = GRPOConf
         apply_override(tree, override, config_class)
     config = build_config(tree, config_class, source=path)
     if isinstance(config, GRPOConfig):
-        check_config(config)
+        check(config)
     return config, path
 
 

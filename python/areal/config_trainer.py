@@ -115,7 +115,7 @@ class RefConfig(Section):
     """The reference model of the KL penalty (actor.kl_ctl above 0): frozen, on the actor's ranks."""
 
     path: str = ""
-    """Hugging Face model directory; empty = the actor as it was at the start."""
+    """Hugging Face model directory; empty = the actor as it was when reinforcement learning began."""
     offload: bool = False
     """As actor.offload."""
 
@@ -124,7 +124,7 @@ class CriticConfig(TrainEngineConfig):
     """The value model of PPO, on the actor's ranks."""
 
     path: str = ""
-    """Hugging Face model directory, with a new head of one value a token; empty = the actor's."""
+    """Hugging Face model directory, whose layers get a head of one value a token; empty = the actor when reinforcement learning begins."""
     shared: bool = False
     """A value head on the actor's own layers instead of a model of its own."""
     loss_coef: float = Field(0.5, gt=0)
@@ -165,15 +165,16 @@ class ActorConfig(TrainEngineConfig):
     kl_ctl: float = Field(0.0, ge=0)
     """Weight of the KL penalty to the reference model (ref); 0 = none."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of a token's KL, from x = log-prob of the actor - of ref: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x."""
+    """Of a token's KL, from x = log-prob of the actor - of ref: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x; docs/algorithms.md has their
+    gradients."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the penalty is: added to the loss, or taken off the reward of each token."""
     discount: float = Field(1.0, gt=0, le=1)
     """gamma: what a later reward is worth, per token."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """lambda of GAE (critic)."""
-    eps_clip: float = Field(0.2, gt=0, lt=1)
-    """PPO clip range of the ratio current / proximal, [1 - eps_clip, 1 + eps_clip]."""
+    eps_clip: float = Field(0.2, gt=0)
+    """Clip range of the ratio current / proximal, [1 - eps_clip, 1 + eps_clip]; 1 and more (cispo): no lower end."""
     eps_clip_higher: float | None = Field(None, gt=0)
     """Upper clip range; none = eps_clip (clip-higher of DAPO)."""
     c_clip: float | None = Field(None, gt=1)
@@ -181,9 +182,10 @@ class ActorConfig(TrainEngineConfig):
     use_decoupled_loss: bool = True
     """Proximal policy = the weights before the step; false = naive PPO against the behaviour policy."""
     recompute_logprob: bool = True
-    """Recompute the proximal log-probs when the batch arrives; needed by the decoupled loss."""
+    """Have proximal log-probs, by prox_logp_method; false = those of the behaviour policy. Needed by the decoupled loss."""
     prox_logp_method: Literal["recompute", "loglinear"] = "recompute"
-    """The proximal log-probs: recomputed, or interpolated between behaviour and current ones by the version's age (no forward pass)."""
+    """The proximal log-probs of the second and later mini-batches: recomputed when the batch arrives, or interpolated between behaviour and
+    current ones by the version's age (no forward pass)."""
     behav_imp_weight_cap: float | None = Field(None, gt=1)
     """Bound on the weight proximal / behaviour; none = off."""
     behav_imp_weight_mode: Literal["truncate", "mask"] = "truncate"
@@ -214,6 +216,11 @@ class ActorConfig(TrainEngineConfig):
     """Skipped steps with non-finite gradients in a row before the run ends."""
     step_timeout: float = Field(1800.0, gt=0)
     """Seconds one train step may take."""
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether tokens get less reward where they leave the reference model."""
+        return self.kl_ctl > 0 and self.kl_in == "reward"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -31,7 +31,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from areal.algo.advantage import compute_advantages, without_truncated
+from areal.algo.advantage import without_truncated
 from areal.buffer import TrajectoryBuffer
 from areal.cluster import Cluster, first_error
 from areal.config import GRPOConfig
@@ -40,12 +40,12 @@ from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.group_filter import build_filter
 from areal.metrics import RunTotals, StepClock, batch_row, train_row
-from areal.packer import make_train_batch
 from areal.runner import Runner
 from areal.sft import warm_up
 from areal.staleness import StalenessManager
+from areal.train_batch import prepare_batch
 from areal.trajectory_log import TrajectoryLog
-from areal.types import Group, TrainBatch
+from areal.types import Group
 from areal.workflow.build import build_workflow, for_held_out, reward_function
 
 
@@ -144,6 +144,8 @@ class PPOTrainer:
             if config.warmup is not None:
                 begin = time.monotonic()
                 await warm_up(config, cluster, self.eval_workflow)
+                if config.critic is not None or config.uses_ref:
+                    await cluster.trainer.start_from_actor()
                 totals.seconds_warmup = time.monotonic() - begin
             await cluster.weights.publish(0, announce=False)
             await cluster.weights.push()
@@ -178,12 +180,12 @@ class PPOTrainer:
                 if log is not None:
                     log.write(groups, step)
                 trained, n_masked = without_truncated(groups) if config.actor.mask_truncated else (groups, 0)
-                batch = await asyncio.to_thread(self._pack, trained, groups)
+                prepared = await prepare_batch(config, cluster.trainer, trained, groups)
                 async with cluster.weights.changing_weights():
-                    train_stats = await cluster.trainer.train_step(batch)
-                    clock.trained(train_stats["spans"])
+                    train_stats = await cluster.trainer.train_step(prepared.batch)
+                    clock.trained([*prepared.spans, *train_stats["spans"]])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats)}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats), **prepared.row}
                 row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
@@ -195,16 +197,6 @@ class PPOTrainer:
     @property
     def _dumps(self) -> bool:
         return self.config.stats_logger.dump_trajectories
-
-    def _pack(self, trained: list[Group], answered: list[Group]) -> TrainBatch:
-        actor = self.config.actor
-        return make_train_batch(
-            trained,
-            compute_advantages(trained, actor, self.config.gconfig.max_new_tokens, answered=answered),
-            n_minibatches=actor.ppo_n_minibatches,
-            max_tokens_per_mb=actor.mb_spec.max_tokens_per_mb,
-            world_size=self._cluster.trainer.n_data_ranks,
-        )
 
     def _side_work(self, tasks: asyncio.TaskGroup, step: int) -> None:
         """Checkpoints and evaluations overlap with everything else."""

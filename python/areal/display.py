@@ -68,20 +68,22 @@ class Display:
         """A line that stays: something the user should know about."""
         self._print(text, style)
 
-    def warmup(self, row: Mapping[str, Any]) -> None:
-        """Progress of the warm-up: ``step``, ``loss``, and ``accuracy`` where it was measured."""
+    def warmup(self, row: Mapping[str, Any], name: str = "warm-up") -> None:
+        """Progress of training without rollouts, called ``name``: ``step``, ``loss``, and ``accuracy`` where it was measured; on preferences
+        ``preference_accuracy`` and ``margin``."""
         state = self.state
         state.enter("warm-up")
-        state.warmup = dict(row)
-        state.remember({**row, "warmup_loss": row.get("loss")}, ("warmup_loss", "accuracy"))
+        state.warmup, state.warmup_name = dict(row), name
+        state.remember({**row, "warmup_loss": row.get("loss")}, ("warmup_loss", "accuracy", "preference_accuracy"))
         measured = is_number(row.get("accuracy"))
         now = time.monotonic()
         if self._live is None and (measured or now - self._last_warmup_line >= 10):
             self._last_warmup_line = now
-            accuracy = f"  accuracy {share(row['accuracy'])}" if measured else ""
-            self._print(
-                f"warm-up {row.get('step', 0)}/{row.get('total_steps') or state.warmup_total}  loss {number(row.get('loss'), 3)}{accuracy}"
-            )
+            text = f"{name} {row.get('step', 0)}/{row.get('total_steps') or state.warmup_total}  loss {number(row.get('loss'), 3)}"
+            text += f"  accuracy {share(row['accuracy'])}" if measured else ""
+            if "preference_accuracy" in row:
+                text += f"  preferred {share(row['preference_accuracy'])}  margin {number(row.get('margin'), 3)}"
+            self._print(text)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One train step of reinforcement learning: the row that also goes to ``metrics.jsonl``."""
@@ -124,6 +126,12 @@ class Display:
         self.console.print(before_after(totals), Text(_totals_line(totals)))
         if samples:
             self.console.print(sample_answers(samples))
+        self.console.print(f"run folder: {escape(str(self.run_dir))}", soft_wrap=True)
+
+    def finish_supervised(self, line: str) -> None:
+        """The panel makes way for the result of training without rollouts."""
+        self.close(keep_panel=False)
+        self.console.print(Text(line), soft_wrap=True)
         self.console.print(f"run folder: {escape(str(self.run_dir))}", soft_wrap=True)
 
     def _print(self, text: str, style: str = "") -> None:

@@ -31,6 +31,7 @@ class RunState:
     phase_started: float = field(default_factory=time.monotonic)
     warmup_total: int = 0
     warmup: dict[str, Any] = field(default_factory=dict)
+    warmup_name: str = "warm-up"
     row: dict[str, Any] = field(default_factory=dict)
     drift: tuple[float | None, int] = (None, 0)
     """Largest difference of the log-probs when it was last measured, and the step of that."""
@@ -139,11 +140,14 @@ class RunPanel:
         _line(left, "loss", number(row.get("loss"), 3), sparkline(state.history.get("warmup_loss", []), 24))
         if "accuracy" in state.history:
             _line(left, "accuracy", share(state.history["accuracy"][-1]), sparkline(state.history["accuracy"], 24))
+        if "preference_accuracy" in row:
+            _line(left, "preferred", share(row["preference_accuracy"]), sparkline(state.history.get("preference_accuracy", []), 24))
+            _line(right, "margin", number(row.get("margin"), 3), "reward of chosen - rejected answers")
         _line(right, "speed", f"{count(row.get('tokens_per_s'))} tok/s", "trained")
         _line(right, "rate", share(row.get("lr_scale")), "of the first learning rate")
         # Fewer steps remain than were planned once the accuracy is reached and the cool-down begins.
         total = int(row.get("total_steps") or state.warmup_total)
-        label = "warm-up, cooling down" if row.get("phase") == "cool-down" else "warm-up"
+        label = f"{state.warmup_name}, cooling down" if row.get("phase") == "cool-down" else state.warmup_name
         progress = self._progress(label, int(row.get("step", 0)), total, state.phase_started, width)
         return Group(progress, _columns(left, right, width))
 

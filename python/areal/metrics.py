@@ -111,12 +111,28 @@ class RunTotals:
         self.truncated_masked += row.get("truncated_masked", 0)
 
 
+_OF_OBJECTIVES = (
+    "ratio_mean",
+    "clip_high_fraction",
+    "clip_low_fraction",
+    "dual_clip_fraction",
+    "truncated_fraction",
+    "filtered_fraction",
+    "kl_proximal",
+    "kl_ref",
+)
+"""Statistics of the policy's loss, in the row where the objective has them."""
+
+
 def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
     """The trainer's part of the row."""
     keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
     drift = stats["logprob_drift"]
+    of_critic = ("value_loss", "value_clip_fraction", "critic_grad_norm", "critic_skipped_nonfinite")
     return {
         **{key: stats[key] for key in keys},
+        **{key: stats[key] for key in _OF_OBJECTIVES if key in stats},
+        **{key: stats[key] for key in of_critic if key in stats},
         "logprob_drift_mean": drift["mean_abs"],
         "logprob_drift_max": drift["max_abs"],
         "logprob_drift_tokens": drift["n"],

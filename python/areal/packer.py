@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +14,30 @@ from areal.types import Group, Microbatch, Minibatch, TrainBatch, Trajectory
 
 def make_train_batch(
     groups: Sequence[Group],
-    advantages: Sequence[Sequence[NDArray[np.float32]]],
+    advantages: Sequence[Sequence[NDArray[np.float32]]] | None,
     *,
     n_minibatches: int,
     max_tokens_per_mb: int,
     world_size: int,
+    loss_normalization: Literal["token", "sequence", "fixed"] = "token",
+    max_new_tokens: int | None = None,
 ) -> TrainBatch:
     """Packs ``groups``, in their order, into ``n_minibatches`` that differ by at most one group.
 
-    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g. A mini-batch's denominator is its number of loss
-    tokens over all ranks, at least 1. ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
+    ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's
+    denominator is its number of loss tokens over all ranks, at least 1; that of the policy's loss is, by ``loss_normalization``, the same
+    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``).
+    ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
     samples, or when a sample is longer than ``max_tokens_per_mb``.
     """
     if n_minibatches < 1 or len(groups) < n_minibatches:
         raise ValueError(f"{len(groups)} groups cannot be cut into {n_minibatches} mini-batches (actor.ppo_n_minibatches)")
+    if advantages is None:
+        advantages = [[np.zeros(len(sample), np.float32) for sample in group.trajectories] for group in groups]
     if len(advantages) != len(groups):
         raise ValueError(f"there are advantages for {len(advantages)} groups, but {len(groups)} groups")
-    minibatches = []
+    minibatches: list[Minibatch] = []
+    n_packed = 0
     for m in range(n_minibatches):
         begin, end = (len(groups) * m // n_minibatches, len(groups) * (m + 1) // n_minibatches)
         samples: list[Trajectory] = []
@@ -38,8 +46,11 @@ def make_train_batch(
             _check_group(group, group_advantages)
             samples += group.trajectories
             sample_advantages += group_advantages
-        minibatches.append(_make_minibatch(samples, sample_advantages, max_tokens_per_mb, world_size))
-    return TrainBatch(minibatches, n_groups=len(groups), n_samples=sum(len(group.trajectories) for group in groups))
+        minibatch = _make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size)
+        minibatch.policy_denominator = _policy_denominator(samples, loss_normalization, max_new_tokens)
+        minibatches.append(minibatch)
+        n_packed += len(samples)
+    return TrainBatch(minibatches, n_groups=len(groups), n_samples=n_packed)
 
 
 def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> None:
@@ -48,10 +59,27 @@ def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> Non
         raise ValueError(f"group {group.group_id}: advantages have the shapes {[a.shape for a in advantages]}, its samples {shapes}")
 
 
-def _make_minibatch(samples: list[Trajectory], advantages: list[NDArray[np.float32]], capacity: int, world_size: int) -> Minibatch:
+def _make_minibatch(
+    samples: list[Trajectory], advantages: list[NDArray[np.float32]], first: int, capacity: int, world_size: int
+) -> Minibatch:
+    """``first``: the place in the batch of the first sample."""
     plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size)
     ranks = [[pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
+    for microbatches, turns in zip(ranks, plan, strict=True):
+        for microbatch, members in zip(microbatches, turns, strict=True):
+            microbatch.members = [first + i for i in members]
     return Minibatch(ranks, denominator=float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples))))
+
+
+def _policy_denominator(samples: Sequence[Trajectory], normalization: str, max_new_tokens: int | None) -> float:
+    if normalization == "token":
+        return float(max(1, sum(int(sample.loss_mask.sum()) for sample in samples)))
+    sequences = float(max(1, sum(bool(sample.loss_mask.any()) for sample in samples)))
+    if normalization == "sequence":
+        return sequences
+    if not max_new_tokens:
+        raise ValueError(f"loss_normalization='{normalization}' needs max_new_tokens, the length that every sequence counts as")
+    return sequences * max_new_tokens
 
 
 def pack(samples: list[Trajectory], advantages: list[NDArray[np.float32]]) -> Microbatch:
@@ -82,3 +110,28 @@ def _fill_up() -> Microbatch:
         versions=np.full(1, -1, np.int32),
         advantages=np.zeros(1, np.float32),
     )
+
+
+PerMicrobatch = Sequence[Sequence[Sequence[NDArray[np.float32]]]]
+"""``[m][r][k]``: float32 [T] of micro-batch k of rank r of mini-batch m."""
+
+
+def collect(minibatches: Sequence[Minibatch], per_microbatch: PerMicrobatch) -> list[NDArray[np.float32]]:
+    """What was computed for packed tokens, float32 [L] for each sample of the batch, in its order."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for minibatch, ranks in zip(minibatches, per_microbatch, strict=True):
+        for microbatches, arrays in zip(minibatch.ranks, ranks, strict=True):
+            for microbatch, array in zip(microbatches, arrays, strict=True):
+                parts = np.split(array, microbatch.cu_seqlens[1:-1]) if microbatch.members else []
+                found.update(zip(microbatch.members, parts, strict=True))
+    return [found[place] for place in range(len(found))]
+
+
+def fill(minibatches: Sequence[Minibatch], field: str, per_sample: Sequence[NDArray[np.float32]]) -> None:
+    """Sets ``field`` of every micro-batch, from float32 [L] for each sample of the batch."""
+    for microbatch in (mb for minibatch in minibatches for rank in minibatch.ranks for mb in rank):
+        parts = [per_sample[place] for place in microbatch.members] or [np.zeros(microbatch.n_tokens, np.float32)]
+        packed = np.concatenate(parts).astype(np.float32, copy=False)
+        if packed.shape != (microbatch.n_tokens,):
+            raise ValueError(f"{field}: {len(packed)} tokens for a micro-batch of {microbatch.n_tokens}")
+        setattr(microbatch, field, packed)

@@ -21,6 +21,7 @@ COLORS = {
     "generation": "#4a86c5",
     "training": "#e98b3a",
     "recompute": "#f4bd85",
+    "scoring": "#d9a441",
     "reward": "#3f9c6b",
     "evaluation": "#5bb5b0",
     "weight_sync": "#8e3fa8",
@@ -31,6 +32,7 @@ LABELS = {
     "generation": "generation",
     "training": "training",
     "recompute": "recomputing log-probs",
+    "scoring": "values, reference log-probs",
     "reward": "scoring rewards",
     "evaluation": "evaluation",
     "weight_sync": "weight sync",
@@ -184,7 +186,7 @@ def draw_detail(axes: Axes, timeline: Timeline, window: tuple[float, float], ste
             spans = clip(kinds[kind], start, end)
             bars = [(s, max(e - s, thinnest)) for s, e in spans]
             low, height = (lane - 0.5, 0.1) if kind == "checkpoint" else (lane - 0.4, 0.8)
-            edge = "white" if kind in ("training", "recompute") else "none"
+            edge = "white" if kind in ("training", "recompute", "scoring") else "none"
             axes.broken_barh(bars, (low, height), facecolors=color(kind), edgecolors=edge, linewidth=0.8, zorder=z)
             if kind == "weight_sync" and actor.startswith("rollout"):
                 axes.plot(

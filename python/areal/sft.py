@@ -12,14 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
-from areal.config_check import check_config, check_machine
+from areal.config_check_supervised import check_sft_config, check_sft_machine
 from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
+from areal.supervised import SupervisedTrainer
 from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
 
@@ -66,7 +65,7 @@ class AccuracyCheck(Protocol):
 
 @dataclass
 class RateSchedule:
-    """Linear from 1 to ``lr_end`` over ``total_steps``; after ``cool_down(s)`` from there to ``cooldown_lr_end`` in ``cooldown_steps``."""
+    """Linear from 1 to ``lr_end`` over ``total_steps``, its start over ``optimizer.warmup_steps``; after ``cool_down(s)`` from there to ``cooldown_lr_end`` in ``cooldown_steps``."""
 
     config: SFTConfig
     _cooling_since: int | None = None
@@ -86,7 +85,8 @@ class RateSchedule:
     def scale(self, step: int) -> float:
         """Share of the configured rates at the step numbered ``step`` from 0."""
         if self._cooling_since is None:
-            return 1 - (1 - self.config.lr_end) * step / self.config.total_steps
+            warmed = min(1.0, (step + 1) / max(1, self.config.optimizer.warmup_steps))
+            return warmed * (1 - (1 - self.config.lr_end) * step / self.config.total_steps)
         done = (step - self._cooling_since) / self.config.cooldown_steps
         return self._cooling_from + (min(self._cooling_from, self.config.cooldown_lr_end) - self._cooling_from) * min(1.0, done)
 
@@ -258,10 +258,18 @@ class RolloutCheck:
         return result.accuracy
 
 
-async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflow | None) -> SFTResult:
+async def warm_up(
+    config: GRPOConfig,
+    cluster: Cluster,
+    workflow: RolloutWorkflow | None,
+    *,
+    name: str = "warm-up",
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+) -> SFTResult:
     """Supervised training before reinforcement learning; afterwards every live rollout server holds the new weights, as version 0.
 
-    ``workflow`` answers the accuracy checks; None where the cluster has no rollout servers.
+    ``workflow`` answers the accuracy checks; None where the cluster has no rollout servers. ``name`` is what people see; ``on_step`` is told
+    of every step, and how many there are to be.
     """
     assert config.warmup is not None
     check = None
@@ -276,7 +284,8 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
         begin, stepped = stepped, time.time()
         cluster.stats.span("trainer 0", "training", begin, stepped)
         cluster.stats.warmup(row)
-        cluster.display.warmup(row)
+        cluster.display.warmup(row, name)
+        on_step(row["step"], row["total_steps"])
 
     run = SupervisedRun(
         config.warmup,
@@ -292,16 +301,14 @@ async def warm_up(config: GRPOConfig, cluster: Cluster, workflow: RolloutWorkflo
     for cause, n in result.dropped.items():
         cluster.drops.add(f"demonstration_{cause}", n=n)
     if config.warmup.stop_at_accuracy is not None and not result.reached:
-        cluster.display.note(
-            f"the warm-up ended after {result.steps} steps below its target accuracy of {config.warmup.stop_at_accuracy:g}"
-        )
+        cluster.display.note(f"the {name} ended after {result.steps} steps below its target accuracy of {config.warmup.stop_at_accuracy:g}")
     if check is not None:
         await check.publish()
         await cluster.weights.push()
     return result
 
 
-class SFTTrainer:
+class SFTTrainer(SupervisedTrainer[SFTResult]):
     """Supervised training alone: ``with SFTTrainer(config) as trainer: trainer.train()``.
 
     ``config.warmup`` is the recipe, ``config.actor`` the model; what concerns reinforcement learning is ignored. Rollout servers are
@@ -315,56 +322,20 @@ class SFTTrainer:
     """
 
     def __init__(self, config: GRPOConfig, train_dataset: Any = None) -> None:
-        from areal.cluster import Cluster
-
         if config.warmup is None:
             raise ConfigError("SFTTrainer needs the recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
-        self.config = config
-        self._checked = config.warmup.stop_at_accuracy is not None
-        self._cluster = Cluster(config, train_dataset, with_rollout=self._checked)
-        self._asyncio = asyncio.Runner()
+        super().__init__(config, train_dataset, with_rollout=config.warmup.stop_at_accuracy is not None)
 
-    def __enter__(self) -> Self:
-        check_config(self.config)
-        check_machine(self.config, [] if self._cluster.given_rows[0] is None else ["train_dataset"])
-        self._asyncio.__enter__()
-        try:
-            self._in_loop(self._cluster.open())
-        except BaseException:  # also Ctrl-C while starting: what was started must end
-            self.__exit__(None, None, None)
-            raise
-        return self
+    def _check(self) -> None:
+        check_sft_config(self.config)
+        check_sft_machine(self.config, self._given)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._in_loop(self._cluster.close())
-        finally:
-            self._asyncio.close()
-
-    @property
-    def run_folder(self) -> Path:
-        return self._cluster.run_folder
-
-    def train(self) -> SFTResult:
-        """Runs the recipe and writes the checkpoint."""
-        return self._in_loop(self._train())
-
-    def _in_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        from areal.cluster import first_error
-
-        try:
-            return self._asyncio.run(coroutine)
-        except BaseExceptionGroup as group:
-            raise first_error(group) from group
-
-    async def _train(self) -> SFTResult:
+    async def _learn(self) -> SFTResult:
         from areal.workflow.build import build_workflow
 
-        cluster = self._cluster
-        workflow = build_workflow(self.config, cluster.tokenizer) if self._checked else None
-        async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(cluster.watch() if self._checked else asyncio.sleep(0))
-            result = await warm_up(self.config, cluster, workflow)
-            await cluster.save("final")
-            watching.cancel()
-        return result
+        workflow = build_workflow(self.config, self._cluster.tokenizer) if self._with_rollout else None
+        return await warm_up(self.config, self._cluster, workflow, name="sft", on_step=self._stepped)
+
+    def _line(self, result: SFTResult) -> str:
+        reached = "" if result.accuracy is None else f", accuracy {100 * result.accuracy:.1f}%"
+        return f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens} answer tokens, last loss {result.loss:.4f}{reached}"

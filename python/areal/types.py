@@ -115,6 +115,14 @@ class Microbatch:
     logprobs: NDArray[np.float32]  # behaviour
     versions: NDArray[np.int32]
     advantages: NDArray[np.float32]
+    ref_logprobs: NDArray[np.float32] | None = None
+    """Of the reference model; None where the loss has no KL penalty."""
+    values: NDArray[np.float32] | None = None
+    """The critic's before the train step: ``values[t]`` is what the state before token t is worth. None where this is not the critic's."""
+    returns: NDArray[np.float32] | None = None
+    """What the values should have been."""
+    members: list[int] = field(default_factory=list)
+    """Which samples these are, as their places in the batch."""
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +140,8 @@ class TrainBatch:
     minibatches: list[Minibatch]
     n_groups: int
     n_samples: int
+    critic_minibatches: list[Minibatch] = field(default_factory=list)
+    """The same samples as a critic with layers of its own gets them."""
 
 
 @dataclass(slots=True)
@@ -139,3 +149,5 @@ class Minibatch:
     ranks: list[list[Microbatch]]
     denominator: float
     """Loss tokens of the whole mini-batch over all ranks: the loss is sum / denominator."""
+    policy_denominator: float | None = None
+    """That of the policy's loss, by ``actor.loss_normalization``; None: ``denominator``."""

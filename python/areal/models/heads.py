@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from areal.algo.policy_loss import KLEstimator, PPOInputs, policy_loss
 from areal.models.attention import PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
+from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
-from areal.ops.ppo_loss import ppo_loss
 
 # Config keys with which heads scale their logits: Cohere multiplies, Falcon-H1 too, Granite divides.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAP = "final_logit_softcapping"  # Gemma
+_LEVELS = ("ratio_level", "behav_imp_weight_level", "behav_filter_level")
+"""Options of ``ppo_loss`` that are "token" or "sequence"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,6 @@ def head_of(model: PreTrainedModel) -> Head:
     for key in _DIVISORS:
         scale /= 1.0 if (value := getattr(config, key, None)) is None else float(value)
     return Head(projection, scale, getattr(config, _SOFTCAP, None))
-
-
-class PPOInputs(NamedTuple):
-    """What the loss of packed tokens needs besides their log-probs: float32 [T] each, looked at in the loss tokens only."""
-
-    proximal_logprobs: Tensor | None
-    """None: the current policy is the proximal one."""
-    behavior_logprobs: Tensor
-    advantages: Tensor
 
 
 def packed_logprobs(
@@ -112,40 +107,65 @@ def packed_ppo_loss(
     denominator: float,
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
+    normalization: Literal["token", "sequence"] = "token",
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    values: ValueInputs | None = None,
     **options: Any,
 ) -> LinearPPOLoss:
-    """``ppo_loss`` of the loss tokens ``rows`` of packed sequences, with its token-level ``options``; log-probs and entropies are [T].
+    """The policy's loss of the loss tokens ``rows`` (ascending) of packed sequences, as ``algo.policy_loss`` defines it, with the
+    ``options`` of ``ppo_loss``; log-probs and entropies are [T].
 
-    A head that is a plain product makes its gradients in the forward pass (``linear_ppo_loss``), so call ``backward`` on the loss at most
-    once with each forward pass.
+    This is where its way through the head is chosen. A plain product makes the gradients in the forward pass (``linear_ppo_loss``, three
+    matrix products) where a token's gradient depends on its own log-prob alone. Else (something of level "sequence", a reference, an
+    interpolated proximal policy, a head that does more) all log-probs come first and logits are made again for the gradient, four products.
+    Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass. With ``values``
+    the loss has that of the model's value head added, and its sums are among the statistics.
     """
     hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
     head, targets = head_of(model), input_ids.index_select(0, rows)
-    proximal, behavior, advantages = (None if x is None else x.index_select(0, rows) for x in inputs)
-    assert behavior is not None and advantages is not None
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    if head.is_product:
+    zeros = torch.zeros(len(input_ids), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+    options |= {"denominator": denominator, "normalization": normalization}
+    of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
+    if of_sequences or normalization == "sequence":
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
+        options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
+    if head.is_product and inputs.is_fused and not of_sequences:
         result = linear_ppo_loss(
             hidden,
             head.projection.weight,
             targets,
-            proximal,
-            behavior,
-            advantages,
-            mask,
+            *inputs.at(rows)[:3],
+            torch.ones_like(rows, dtype=torch.bool),
             temperature=temperature / head.scale,
-            denominator=denominator,
             memory_budget=memory_budget,
             **options,
         )
+        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in (result.logprobs, result.entropy))
+        result = result._replace(logprobs=logprobs, entropy=entropy)
     else:
-        logprobs, entropy = _score(head, hidden, targets, temperature, memory_budget)
-        if proximal is None:
-            proximal = logprobs.detach()
-        loss, stats = ppo_loss(logprobs, proximal, behavior, advantages, mask, denominator=denominator, entropy=entropy, **options)
+        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in _score(head, hidden, targets, temperature, memory_budget))
+        scores = logprobs.index_select(0, rows), entropy.index_select(0, rows)
+        loss, stats = policy_loss(*scores, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
-    zeros = torch.zeros(len(input_ids), dtype=result.logprobs.dtype, device=hidden.device)
-    return result._replace(logprobs=zeros.index_copy(0, rows, result.logprobs), entropy=zeros.index_copy(0, rows, result.entropy))
+    if values is not None:
+        value_loss, sums = value_terms(model, hidden, rows, values)
+        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
+    return result
+
+
+def packed_values(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    *,
+    rows: Tensor,
+    shared: SharedTokens | None = None,
+) -> Tensor:
+    """What the states before the tokens ``rows`` are worth, by the model's value head: float32 [T], 0 elsewhere."""
+    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared))
+    return torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
 
 
 def _hidden_before(

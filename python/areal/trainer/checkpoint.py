@@ -7,14 +7,18 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from areal.models.loading import save_model
+from areal.weight_sync.adapter import WEIGHTS, AdapterInfo
 
+ADAPTER_FOLDER = "adapter"
 _PARTIAL = ".partial"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
@@ -23,8 +27,26 @@ class CheckpointError(OSError):
     """A checkpoint that could not be written; nothing of it is left on the disk."""
 
 
-def write_checkpoint(folder: Path, template: PreTrainedModel, weights: Mapping[str, Tensor], source: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """The adapter of a model in training, on the CPU, by the names of peft's files."""
+
+    factors: Mapping[str, Tensor]
+    info: AdapterInfo
+
+    def write(self, folder: Path) -> None:
+        """As ``peft.PeftModel.from_pretrained`` reads it."""
+        folder.mkdir()
+        self.info.write_config(folder)
+        save_file(dict(self.factors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_checkpoint(
+    folder: Path, template: PreTrainedModel, weights: Mapping[str, Tensor], source: Path, adapter: SavedAdapter | None = None
+) -> None:
     """Writes the model with the tokenizer and other small files of ``source``; an older checkpoint of that name is replaced.
+
+    ``adapter`` goes into the subfolder ``adapter``; ``weights`` are those with its product added.
 
     Atomic: written beside ``folder``, synced, then renamed. ``CheckpointError`` when the disk is full or not writable.
     """
@@ -38,7 +60,9 @@ def write_checkpoint(folder: Path, template: PreTrainedModel, weights: Mapping[s
             if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(file, partial / file.name)
         save_model(template, weights, partial)
-        for file in partial.iterdir():
+        if adapter is not None:
+            adapter.write(partial / ADAPTER_FOLDER)
+        for file in partial.rglob("*"):
             _sync(file)
         _sync(partial)
         _replace(partial, folder)
@@ -86,19 +110,19 @@ class CheckpointWriter:
         self._busy = threading.Lock()
         self._threads: list[threading.Thread] = []
 
-    def start(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """``weights`` must be copies that nobody changes."""
+    def start(self, folder: Path, weights: Mapping[str, Tensor], adapter: SavedAdapter | None = None) -> None:
+        """Tensors must be copies that nobody changes."""
         self._threads = [t for t in self._threads if t.is_alive()]
-        thread = threading.Thread(target=self._write, args=(folder, weights), name=f"checkpoint {folder.name}")
+        thread = threading.Thread(target=self._write, args=(folder, weights, adapter), name=f"checkpoint {folder.name}")
         thread.start()
         self._threads.append(thread)
 
-    def _write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], adapter: SavedAdapter | None) -> None:
         with self._busy:
             begin = time.time()
             error = None
             try:
-                write_checkpoint(folder, self._template, weights, self._source)
+                write_checkpoint(folder, self._template, weights, self._source, adapter)
             except Exception as failure:  # thread boundary: whatever it is, the controller must hear of it
                 error = str(failure) if isinstance(failure, CheckpointError) else f"the checkpoint {folder} failed: {failure!r}"
             self._done(folder, error, begin, time.time())

@@ -3,6 +3,9 @@
 FSDP2 cuts a parameter along its first dimension as ``torch.chunk`` does: equal pieces from the first rank on, and the last ranks may
 hold a smaller piece or none. A piece is thus one range of bytes of the whole tensor, so rank 0 receives every piece straight into the
 bucket and needs no memory besides it; another rank needs its own part of the bucket, and only where it has to cast.
+
+A weight with an adapter leaves as W + scale * B A: W and B are cut alike, so a rank adds the product to its own rows, for which it needs all of
+A. So there is never a second model either.
 """
 
 from __future__ import annotations
@@ -15,17 +18,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from areal.models.checkpoint_names import CheckpointNames
+from areal.models.lora import Adapters, base_parameters
 from areal.ops.flatten_weights import flatten_weights
 from areal.ops.weights_layout import ALIGNMENT
+from areal.trainer.sharding import local_part
 from areal.weight_sync.stream import BucketPlan, plan_buckets
 
 
 class WeightGatherer:
-    """The parameters of one rank. Tied ones count once; all ranks make the same calls in the same order."""
+    """Parameters of one rank by name. Tied ones count once; all ranks make the same calls in the same order."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, rank: int, world_size: int, names: CheckpointNames | None = None) -> None:
-        """``dtype``: what the weights are cast to on their way. ``names``: what they are called there, if not as here."""
-        self._parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor] | nn.Module,
+        dtype: torch.dtype,
+        rank: int,
+        world_size: int,
+        names: CheckpointNames | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
+        """``dtype``: what they are cast to on their way. ``names``: what they are called there, if not as here. ``adapters``: of them."""
+        self._parameters: Mapping[str, Tensor] = base_parameters(parameters) if isinstance(parameters, nn.Module) else parameters
+        self._adapters = adapters
         self._dtype = dtype
         self._rank = rank
         self._world_size = world_size
@@ -46,10 +60,13 @@ class WeightGatherer:
         self._in_memory |= planned
         return list(planned)
 
+    def manifest(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every tensor of ``parts``."""
+        return [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
+
     def _plan(self, bucket_bytes: int) -> list[BucketPlan]:
-        described = [(name, tuple(p.shape), self._dtype) for name, p in self._parameters.items()]
         itemsize = self._dtype.itemsize
-        return plan_buckets(sorted(described, key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
+        return plan_buckets(sorted(self.manifest(), key=lambda t: torch.Size(t[1]).numel() * itemsize % ALIGNMENT != 0), bucket_bytes)
 
     def as_parameters(self, bucket: BucketPlan) -> BucketPlan:
         """The same bytes as one of ``bucket_plan``'s buckets, by the names that the parameters have here."""
@@ -59,18 +76,19 @@ class WeightGatherer:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
         bucket = self.as_parameters(bucket)
         with torch.no_grad():
+            here = {spec.name: self._piece(spec.name) for spec in bucket.tensors}  # collectives of adapters come before the rows
             if self._rank != 0:
-                self._send(bucket)
+                self._send(here)
                 return
             assert out is not None
             if self._world_size == 1:
-                self._fill(bucket, out)
+                self._fill(bucket, here, out)
                 return
             receiving = [
                 dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._world_size) for rows in self._pieces(bucket, out, rank)
             ]
             works = dist.batch_isend_irecv(receiving) if receiving else []
-            sources = [local for spec in bucket.tensors if (local := self._piece(spec.name)).numel()]
+            sources = [piece for piece in here.values() if piece.numel()]
             for target, source in zip(self._pieces(bucket, out, 0), sources, strict=True):
                 target.copy_(source)
             for work in works:
@@ -79,16 +97,16 @@ class WeightGatherer:
     def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
 
-        A rank that has everything hands out its own parameters, not cast, in one part. Otherwise a part is a bucket, in memory that the
+        A rank that has everything hands out its own parameters, not cast, in one part, unless they have adapters. Otherwise a part is a bucket, in memory that the
         next part uses again.
         """
-        if self._world_size == 1:
+        if self._world_size == 1 and self._adapters is None:
             yield {name: self._piece(name) for name in self._parameters}
             return
         buckets = self._plan(bucket_bytes)
         memory = None
         if self._rank == 0:
-            device = self._piece(next(iter(self._parameters))).device
+            device = local_part(next(iter(self._parameters.values()))).device
             memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
         for bucket in buckets:
             out = None if memory is None else memory[: bucket.nbytes]
@@ -96,9 +114,9 @@ class WeightGatherer:
             yield {} if out is None else {spec.name: spec.view(out) for spec in bucket.tensors}
 
     def _piece(self, name: str) -> Tensor:
-        """This rank's piece of a parameter; on one rank all of it."""
-        parameter = self._parameters[name].detach()
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        """This rank's piece of a parameter; on one rank all of it. A collective if it has an adapter."""
+        piece = local_part(self._parameters[name].detach())
+        return piece if self._adapters is None else self._adapters.added_to(name, piece)
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
         """Where the pieces that ``rank`` holds lie in the bucket, without those that are empty."""
@@ -108,20 +126,20 @@ class WeightGatherer:
             if rows.numel():
                 yield rows
 
-    def _fill(self, bucket: BucketPlan, out: Tensor) -> None:
+    def _fill(self, bucket: BucketPlan, here: Mapping[str, Tensor], out: Tensor) -> None:
         """All of a bucket, when this rank has everything."""
         aligned: dict[str, Tensor] = {}
         for spec in bucket.tensors:
-            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not self._piece(spec.name).is_contiguous():
+            if spec.offset % ALIGNMENT or spec.nbytes % ALIGNMENT or not here[spec.name].is_contiguous():
                 break
-            aligned[spec.name] = self._piece(spec.name)
+            aligned[spec.name] = here[spec.name]
         flatten_weights(aligned, out, self._dtype)
         for spec in bucket.tensors[len(aligned) :]:
-            spec.view(out).copy_(self._piece(spec.name))
+            spec.view(out).copy_(here[spec.name])
 
-    def _send(self, bucket: BucketPlan) -> None:
+    def _send(self, here: Mapping[str, Tensor]) -> None:
         """This rank's pieces, cast together; those that need no cast go out from where they are."""
-        pieces = {spec.name: local for spec in bucket.tensors if (local := self._piece(spec.name).contiguous()).numel()}
+        pieces = {name: piece.contiguous() for name, piece in here.items() if piece.numel()}
         if not pieces:
             return
         if any(piece.dtype != self._dtype for piece in pieces.values()):

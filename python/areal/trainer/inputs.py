@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,12 @@ class Inputs:
     advantages: Tensor
     fresh: Tensor
     """Loss tokens that the current version sampled."""
+    age: Tensor
+    """float32: how many versions before the current one a loss token was sampled."""
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    """Where a critic is trained: what it said before the train step, and what it should have said."""
+    returns: Tensor | None = None
 
 
 def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
@@ -46,4 +53,8 @@ def to_device(mb: Microbatch, device: torch.device, version: int) -> Inputs:
         behavior_logprobs=put(mb.logprobs),
         advantages=put(mb.advantages),
         fresh=put(mb.loss_mask & (mb.versions == version)),
+        age=put(np.where(mb.loss_mask, version - mb.versions, 0).astype(np.float32)),
+        ref_logprobs=None if mb.ref_logprobs is None else put(mb.ref_logprobs),
+        values=None if mb.values is None else put(mb.values),
+        returns=None if mb.returns is None else put(mb.returns),
     )

@@ -1,39 +1,101 @@
-"""The policy's loss of one micro-batch, by the actor's configuration, and its gradients."""
+"""The policy's loss of one micro-batch, by the actor's configuration, and its gradients.
+
+``docs/algorithms.md`` lists which keys make which algorithm; ``models.heads.packed_ppo_loss`` chooses the way through the output head.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from areal.algo.policy_loss import PPOInputs, loglinear_share
 from areal.config import ActorConfig
-from areal.models.heads import PPOInputs
+from areal.models.value_head import ValueInputs
 from areal.trainer.inputs import Inputs
 from areal.trainer.model import RankModel
 from areal.trainer.step_stats import StepStats
 
 
+def recomputes_proximal(config: ActorConfig) -> bool:
+    """Whether the proximal log-probs of the later mini-batches take a forward pass before the step's first optimizer step."""
+    return config.recompute_logprob and config.prox_logp_method == "recompute"
+
+
+def loss_options(config: ActorConfig) -> dict[str, Any]:
+    """The arguments of ``packed_ppo_loss`` that do not change from call to call."""
+    return {
+        "objective": config.objective,
+        "ratio_level": config.importance_sampling_level,
+        # A fixed length is in the denominator.
+        "normalization": "sequence" if config.loss_normalization == "sequence" else "token",
+        "eps_clip": config.eps_clip,
+        "eps_clip_higher": config.eps_clip_higher,
+        "c_clip": config.c_clip,
+        "decoupled": config.use_decoupled_loss,
+        "behav_imp_weight_cap": config.behav_imp_weight_cap,
+        "behav_imp_weight_mode": config.behav_imp_weight_mode,
+        "behav_imp_weight_level": config.behav_imp_weight_level,
+        "behav_filter_cap": config.behav_filter_cap,
+        "behav_filter_level": config.behav_filter_level,
+        "entropy_coef": config.entropy_coef,
+        "kl_coef": config.kl_ctl,
+        "kl_estimator": config.kl_estimator,
+    }
+
+
 def ppo_backward(
-    actor: RankModel, config: ActorConfig, x: Inputs, proximal: Tensor | None, denominator: float, temperature: float, stats: StepStats
+    actor: RankModel,
+    config: ActorConfig,
+    x: Inputs,
+    recomputed: Tensor | None,
+    progress: float,
+    denominator: float,
+    temperature: float,
+    stats: StepStats,
+    values: ValueInputs | None = None,
 ) -> None:
-    """Adds to the gradients; ``proximal`` None: the current policy still is the proximal one."""
+    """Adds to the gradients.
+
+    Args:
+        recomputed: the proximal log-probs [T], where ``recomputes_proximal`` and ``progress`` is above 0.
+        progress: the share of the step's optimizer steps that are taken; 0: the current policy still is the proximal one.
+        denominator: that of the policy's loss of the mini-batch, over all ranks.
+        values: of a critic on the actor's layers.
+    """
     result = actor.model.packed_ppo_loss(
         x.input_ids,
         x.position_ids,
         x.lengths,
         temperature,
-        PPOInputs(proximal, x.behavior_logprobs, x.advantages),
+        _ppo_inputs(config, x, recomputed, progress),
         rows=x.rows,
         denominator=denominator,
         shared=x.shared,
-        eps_clip=config.eps_clip,
-        eps_clip_higher=config.eps_clip_higher,
-        c_clip=config.c_clip,
-        behav_imp_weight_cap=config.behav_imp_weight_cap,
-        behav_filter_cap=config.behav_filter_cap,
-        decoupled=config.use_decoupled_loss,
+        values=values,
+        **loss_options(config),
     )
     result.loss.backward()
-    if proximal is None:
+    if progress == 0:
         stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
-    elif config.recompute_logprob:
-        stats.add_drift(proximal, x.behavior_logprobs, x.fresh)
+    elif recomputed is not None:
+        stats.add_drift(recomputed, x.behavior_logprobs, x.fresh)
     stats.add(result.stats)
+
+
+def _ppo_inputs(config: ActorConfig, x: Inputs, recomputed: Tensor | None, progress: float) -> PPOInputs:
+    """The proximal policy is the current one, recomputed, interpolated, or (``recompute_logprob`` false) that of behaviour."""
+    proximal, share = recomputed, None
+    if progress > 0 and recomputed is None:
+        if config.recompute_logprob:
+            share = loglinear_share(x.age, progress)
+        else:
+            proximal = x.behavior_logprobs
+    ref = None
+    if config.kl_ctl > 0 and config.kl_in == "loss":
+        ref = x.ref_logprobs
+        if ref is None:
+            raise ValueError(
+                f"actor.kl_ctl={config.kl_ctl:g} with kl_in=loss needs the log-probs of the reference model with each micro-batch"
+            )
+    return PPOInputs(proximal, x.behavior_logprobs, x.advantages, ref, share)

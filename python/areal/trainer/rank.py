@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from areal.config import GRPOConfig, OptimizerConfig
+from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
 from areal.launcher.local import die_with_parent
 from areal.trainer.rpc import Failure, Server
 from areal.types import Microbatch
 
 if TYPE_CHECKING:
+    from areal.weight_sync.adapter import AdapterInfo
     from areal.weight_sync.stream import SendResult, Target
 
 log = logging.getLogger("areal.trainer")
@@ -31,6 +32,8 @@ class Rank:
         self._publisher: Any = None
         self._writer: Any = None
         self._sender: Any = None
+        self._adapter: AdapterInfo | None = None
+        """What servers are told of the adapters, where these go to them alone."""
 
     def rpc_init(self, config: GRPOConfig, model_folder: Path, run_folder: Path, rank: int, rendezvous: str, shm_name: str) -> None:
         import torch
@@ -55,34 +58,60 @@ class Rank:
                 timeout=timedelta(seconds=actor.step_timeout),
             )
         self._engine = TrainEngine(
-            model_folder, actor, temperature=config.gconfig.temperature, mesh=RankMesh(device, rank, config.trainer_layout)
+            model_folder,
+            actor,
+            temperature=config.gconfig.temperature,
+            mesh=RankMesh(device, rank, config.trainer_layout),
+            critic=config.critic,
+            ref=config.ref if config.uses_ref else None,
+            warms_up=config.warmup is not None,
+            seed=config.seed,
         )
         self._is_first = rank == 0
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
-        if config.layout.engine == "sglang" or config.transport == "disk":
+        bucket_bytes = config.weight_sync.bucket_mb << 20
+        if actor.lora is not None and actor.lora.sync == "adapter":
+            self._adapter = self._engine.use_adapters_alone(bucket_bytes)
+            bucket_bytes = sys.maxsize  # one file
+        elif config.layout.engine == "sglang" or config.transport == "disk":
             self._engine.use_checkpoint_names()  # the embedded engine's parameters have the trainer's own names
-        self._buckets = self._engine.gatherer.bucket_plan(config.weight_sync.bucket_mb << 20)
+        self._buckets = self._engine.gatherer.bucket_plan(bucket_bytes)
         if rank == 0:
             from areal.weight_sync.shm import ShmPublisher
 
             if config.transport == "shm":
-                self._publisher = ShmPublisher(shm_name, self._engine.manifest())
+                self._publisher = ShmPublisher(shm_name, self._engine.gatherer.manifest(), self._adapter)
             self._writer = CheckpointWriter(self._engine.template, model_folder, self._saved)
-        n = sum(p.numel() for p in self._engine.model.parameters())
-        log.info("rank %d of %d on %s: %s, %s parameters", rank, world_size, device, type(self._engine.model).__name__, f"{n:,}")
+        n, trained = (sum(p.numel() for p in self._engine.model.parameters() if p.requires_grad >= least) for least in (False, True))
+        name = type(self._engine.model).__name__
+        log.info("rank %d of %d on %s: %s, %s parameters, %s of them trained", rank, world_size, device, name, f"{n:,}", f"{trained:,}")
 
-    def rpc_train_step(self, minibatches: list[tuple[list[Microbatch], float]]) -> dict[str, Any] | None:
+    def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
+        return self._engine.score(minibatches, critic, logprobs)
+
+    def rpc_start_from_actor(self) -> None:
+        self._engine.start_from_actor()
+
+    def rpc_train_step(
+        self, minibatches: list[tuple[list[Microbatch], float, float | None]], critic: list[tuple[list[Microbatch], float, float | None]]
+    ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches])
+        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
         stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        return stats if self._is_first else None
+
+    def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
+        from areal.trainer.engine import RankMinibatch
+
+        stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
         return stats if self._is_first else None
 
     def rpc_logprobs(self, microbatch: Microbatch) -> Any:
@@ -105,7 +134,7 @@ class Rank:
         from areal.weight_sync.transports import make_sender
 
         if self._is_first and self._sender is None:
-            self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device)
+            self._sender = make_sender(self._config, self._model_folder, self._run_folder, self._engine.device, self._adapter)
         self._engine.version = version
         gatherer = self._engine.gatherer
         if self._config.layout.engine == "sglang":
@@ -127,9 +156,9 @@ class Rank:
         return sample_tensors(self._engine.gatherer.gather, self._buckets, turn, self._engine.device if self._is_first else None)
 
     def rpc_save(self, folder: Path) -> None:
-        weights = self._engine.snapshot()
+        weights, adapter = self._engine.snapshot(), self._engine.adapter_snapshot()
         if weights is not None:
-            self._writer.start(folder, weights)
+            self._writer.start(folder, weights, adapter)
 
     def _saved(self, folder: Path, error: str | None, begin: float, end: float) -> None:
         if error is not None:

@@ -11,14 +11,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from areal.models.heads import packed_logprobs, packed_ppo_loss
+from areal.models.heads import packed_logprobs, packed_ppo_loss, packed_values
 from areal.models.loading import decoder_layers
 
-_HEAD_METHODS = (packed_logprobs, packed_ppo_loss)
+_HEAD_METHODS = (packed_logprobs, packed_ppo_loss, packed_values)
 
 
 def add_head_methods(model: PreTrainedModel) -> None:
-    """Makes ``packed_logprobs`` and ``packed_ppo_loss`` methods: FSDP unshards the root, which owns embedding, norm and head, around
+    """Makes ``packed_logprobs``, ``packed_ppo_loss`` and ``packed_values`` methods: FSDP unshards the root, which owns embedding, norm and head, around
     methods only."""
     for function in _HEAD_METHODS:
         setattr(model, function.__name__, types.MethodType(function, model))
@@ -38,6 +38,8 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) ->
     )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if (value_head := getattr(model, "value_head", None)) is not None:  # float32 in every product, so it is a unit of its own
+        fully_shard(value_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -65,3 +67,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor: a collective that every rank must take part in."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,17 @@ _MEANS = {
     "importance_weight_mean": "importance_weight",
     "kl_proximal": "kl_proximal",
     "kl_behaviour": "kl_behaviour",
+    "kl_ref": "kl_ref",
     "entropy": "entropy",
+    "value_loss": "value_loss",
+    "value_clip_fraction": "value_clipped",
+}
+# Of training on preferences: divided by the number of pairs.
+_PAIR_MEANS = {
+    "preference_accuracy": "preferred",
+    "margin": "margin",
+    "chosen_reward": "chosen_reward",
+    "rejected_reward": "rejected_reward",
 }
 
 
@@ -72,6 +82,7 @@ class StepStats:
             "loss": total["loss"] / n_minibatches,
             "n_tokens": int(n_tokens),
             **{name: total[key] / n_tokens if n_tokens else None for name, key in _MEANS.items() if key in total},
+            **{name: total[key] / total["n_pairs"] for name, key in _PAIR_MEANS.items() if total.get("n_pairs")},
             "grad_norm": sum(self._norms) / len(self._norms) if self._norms else None,
             "skipped_nonfinite": self._skipped,
             "logprob_drift": {

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from areal.config import GRPOConfig, OptimizerConfig
+from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
 from areal.weight_sync.stream import SendResult, Target
@@ -93,11 +93,32 @@ class TrainerHandle:
         """One PPO step; the statistics of ``TrainEngine.train_step``."""
 
         def part(rank: int) -> dict[str, Any]:
-            return {
-                "minibatches": [(minibatch.ranks[rank // self.layout.context], minibatch.denominator) for minibatch in batch.minibatches]
-            }
+            index = rank // self.layout.context
+            cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
+            return {name: [(m.ranks[index], m.denominator, m.policy_denominator) for m in cut] for name, cut in cuts.items()}
 
         return await self._call_all("train_step", self._config.actor.step_timeout, part)
+
+    async def score(self, batch: TrainBatch, logprobs: bool = False) -> dict[str, Any]:
+        """What reference and critic say of the batch, and with ``logprobs`` the actor: ``ref_logprobs``, ``values``, ``logprobs``.
+
+        Each is ``packer.PerMicrobatch``, of the batch's mini-batches; values of the critic's where it has its own. Also rank 0's spans.
+        """
+
+        def part(rank: int) -> dict[str, Any]:
+            index = rank // self.layout.context
+            cuts = {"minibatches": batch.minibatches, "critic": batch.critic_minibatches}
+            return {name: [minibatch.ranks[index] for minibatch in cut] for name, cut in cuts.items()} | {"logprobs": logprobs}
+
+        answers = await self._call_each("score", self._config.actor.step_timeout, part)
+        by_data_rank = answers[:: self.layout.context]
+        names = [name for name in answers[0] if name != "spans"]
+        result = {name: list(zip(*(answer[name] for answer in by_data_rank), strict=True)) for name in names}
+        return {**result, "spans": answers[0]["spans"]}
+
+    async def start_from_actor(self) -> None:
+        """Reference and critic that have no path of their own take the actor's weights as they are now."""
+        await self._call_all("start_from_actor", _PUBLISH_TIMEOUT, lambda rank: {})
 
     async def sft_step(self, minibatch: Minibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step at ``lr_scale`` times the configured rates; the statistics of ``TrainEngine.sft_step``."""
@@ -106,6 +127,15 @@ class TrainerHandle:
             return {"minibatch": (minibatch.ranks[rank // self.layout.context], minibatch.denominator), "lr_scale": lr_scale}
 
         return await self._call_all("sft_step", self._config.actor.step_timeout, part)
+
+    async def dpo_step(self, minibatch: Minibatch, config: DPOConfig, lr_scale: float = 1.0) -> dict[str, Any]:
+        """One step on preferences; the statistics of ``TrainEngine.dpo_step``."""
+
+        def part(rank: int) -> dict[str, Any]:
+            mine = minibatch.ranks[rank // self.layout.context], minibatch.denominator
+            return {"minibatch": mine, "config": config, "lr_scale": lr_scale}
+
+        return await self._call_all("dpo_step", self._config.actor.step_timeout, part)
 
     async def logprobs(self, microbatch: Microbatch) -> NDArray[np.float32]:
         """Log-probs [T] of the loss tokens under the current weights, 0 elsewhere; every rank computes all of it."""
@@ -213,6 +243,10 @@ class TrainerHandle:
 
     async def _call_all(self, method: str, timeout: float, arguments: Callable[[int], dict[str, Any]]) -> Any:
         """Calls every rank and returns what rank 0 answers. After an error no rank is left alive."""
+        return (await self._call_each(method, timeout, arguments))[0]
+
+    async def _call_each(self, method: str, timeout: float, arguments: Callable[[int], dict[str, Any]]) -> list[Any]:
+        """Calls every rank and returns what each answers."""
         async with self._order:
             if not self._links:
                 raise RuntimeError(f"the trainer was closed; '{method}' cannot be called any more")
@@ -224,7 +258,7 @@ class TrainerHandle:
                 errors = [error for t in tasks if t.done() and (error := t.exception()) is not None]
                 if errors:
                     raise await self._explain(errors)
-                return tasks[0].result()
+                return [task.result() for task in tasks]
             finally:
                 for task in tasks:
                     task.cancel()

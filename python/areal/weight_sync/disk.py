@@ -3,7 +3,7 @@
 The trainer writes a bucket a file into ``v000012.partial``; the manifest (``model.safetensors.index.json``, with version and hash) comes
 last, and then the folder gets its name ``v000012`` in one rename. Whoever finds the name finds all of it; there are no locks and no
 links. One run writes into one folder. The servers are told the path of a version and read it by themselves: SGLang with its own loader,
-the embedded engine tensor by tensor into its parameters (``CheckpointReader``).
+the embedded engine tensor by tensor into its parameters (``CheckpointReader``). Adapters alone make a folder as peft writes it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from areal.weight_sync.adapter import INFO, WEIGHTS, AdapterInfo
 from areal.weight_sync.safetensors_file import header_bytes
 from areal.weight_sync.stream import BucketPlan, Outcome, Target
 
@@ -66,16 +67,26 @@ class DiskSender:
         source: the model's folder, for the config, the tokenizer and other small files that go into each version.
         device: where the buckets are gathered.
         timeout: seconds that the file system may keep the trainer waiting during one update.
+        adapter: what is written are the factors of adapters, in one bucket.
 
     A bucket is written in a thread while the next one is gathered. Nothing raises between ``begin`` and ``finish``: what went wrong
     (a full disk, a file server that hangs) is the error of the one outcome of ``finish``, whose ``url`` is the version's path.
     """
 
-    def __init__(self, folder: Path, source: Path, *, device: torch.device | str = "cpu", timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        *,
+        device: torch.device | str = "cpu",
+        timeout: float = 120.0,
+        adapter: AdapterInfo | None = None,
+    ) -> None:
         self._folder = folder
         self._source = source
         self._device = torch.device(device)
         self._timeout = timeout
+        self._adapter = adapter
         self._buffers: list[_Buffer] = []
         self._writer: _Writer | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +108,7 @@ class DiskSender:
         for buffer in self._buffers:
             self._free.put(buffer)
         self._version = version
-        self._writer = _Writer(version_folder(self._folder, version), self._source, version, buckets, self._free)
+        self._writer = _Writer(version_folder(self._folder, version), self._source, version, buckets, self._free, self._adapter)
 
     def buffer(self, bucket: BucketPlan) -> Tensor:
         start = time.monotonic()
@@ -186,13 +197,22 @@ class _End:
 class _Writer:
     """The thread that writes one version: everything that may wait for a file system is done here."""
 
-    def __init__(self, path: Path, source: Path, version: int, buckets: Sequence[BucketPlan], free: queue.Queue[_Buffer]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: Path,
+        version: int,
+        buckets: Sequence[BucketPlan],
+        free: queue.Queue[_Buffer],
+        adapter: AdapterInfo | None,
+    ) -> None:
         self.jobs: queue.Queue[_Job | _End] = queue.Queue()
         self.error: str | None = None
         self.is_given_up = False
         self._path, self._source, self._version, self._buckets = path, source, version, buckets
         self._partial = path.with_name(path.name + _PARTIAL)
         self._free = free
+        self._adapter = adapter
         self._thread = threading.Thread(target=self._run, name=f"disk v{version}", daemon=True)
         self._thread.start()
 
@@ -252,15 +272,21 @@ class _Writer:
         synced.append((job.bucket, syncer.submit(_sync_and_close, descriptor, os.fdatasync)))
 
     def _complete(self, digest: int | None) -> None:
-        for file in sorted(self._source.iterdir()):
-            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copyfile(file, self._partial / file.name)
         metadata: dict[str, object] = {"total_size": sum(bucket.nbytes for bucket in self._buckets), "version": self._version}
         if digest is not None:
             metadata["hash"] = f"{digest:016x}"
-        files = {spec.name: self._file_name(bucket) for bucket in self._buckets for spec in bucket.tensors}
-        (self._partial / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": files}))
-        _sync(self._partial / INDEX)
+        if self._adapter is None:
+            for file in sorted(self._source.iterdir()):
+                if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+                    shutil.copyfile(file, self._partial / file.name)
+            files = {spec.name: self._file_name(bucket) for bucket in self._buckets for spec in bucket.tensors}
+            last = self._partial / INDEX
+            last.write_text(json.dumps({"metadata": metadata, "weight_map": files}))
+        else:
+            self._adapter.write_config(self._partial)
+            last = self._partial / INFO
+            last.write_text(json.dumps(metadata | self._adapter.as_dict()))
+        _sync(last)
         _sync(self._partial)
         if self.is_given_up:
             return
@@ -270,6 +296,8 @@ class _Writer:
         _sync(self._path.parent)
 
     def _file_name(self, bucket: BucketPlan) -> str:
+        if self._adapter is not None:
+            return WEIGHTS
         return f"model-{bucket.index + 1:05d}-of-{len(self._buckets):05d}.safetensors"
 
 

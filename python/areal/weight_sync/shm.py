@@ -1,6 +1,6 @@
 """Weights through shared memory, on one machine: one publisher, any number of readers.
 
-The segment is a file in /dev/shm: header, manifest (names, shapes, dtypes), and two buffers. The publisher always writes the buffer
+The segment is a file in /dev/shm: header, manifest (names, shapes, dtypes; of adapters also what they are added to), and two buffers. The publisher always writes the buffer
 that is not the newest, so it never waits for a reader, and a reader has the time between two publications to copy. Invariants:
 
 - A buffer's sequence number is odd while it is written. A reader copies into memory of its own, and what it copied counts only if the
@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from areal.ops.weights_hash import HashedCopy, check_plain, copy_and_hash, tensor_key
+from areal.weight_sync.adapter import AdapterInfo
 
 _DIRECTORY = Path("/dev/shm")
 _PREFIX = "areal-"
-_MAGIC = 0x314D4853_41455241  # "AREASHM1"
+_MAGIC = 0x324D4853_41455241  # "AREASHM2"
 _PAGE = 4096
 _ALIGN = 64
 # The header, in 64-bit words: magic, bytes of a buffer, bytes of the manifest, newest buffer (0 none, else 1 + index), publisher's pid;
@@ -209,12 +210,14 @@ class ShmPublisher:
     name. Segments that dead publishers left behind are removed first.
     """
 
-    def __init__(self, name: str, manifest: Manifest) -> None:
+    def __init__(self, name: str, manifest: Manifest, adapter: AdapterInfo | None = None) -> None:
+        """``adapter``: the tensors are the factors of adapters."""
         self.name = name
         path = _path(name)
         unlink_stale()
         self._entries, buffer_bytes = _lay_out(manifest)
-        text = json.dumps([[e.name, e.shape, str(e.dtype).removeprefix("torch.")] for e in self._entries]).encode()
+        rows = [[e.name, e.shape, str(e.dtype).removeprefix("torch.")] for e in self._entries]
+        text = json.dumps({"tensors": rows, "adapter": None if adapter is None else adapter.as_dict()}).encode()
         data_start = _round_up(_PAGE + len(text), _PAGE)
         words = struct.pack("<5Q", _MAGIC, buffer_bytes, len(text), 0, os.getpid())
         descriptor, self._mapping = _create(path, data_start + 2 * buffer_bytes, words.ljust(_PAGE, b"\0") + text)
@@ -289,8 +292,10 @@ class ShmReader:
         if self._words[0] != _MAGIC:
             raise WeightSyncError(f"{_path(name)} is no weight segment of this version of areal")
         buffer_bytes, text_bytes = self._words[_BUFFER_BYTES], self._words[_MANIFEST_BYTES]
-        rows = json.loads(mapping[_PAGE : _PAGE + text_bytes])
-        self._entries, _ = _lay_out([(name, shape, getattr(torch, dtype)) for name, shape, dtype in rows])
+        text = json.loads(mapping[_PAGE : _PAGE + text_bytes])
+        self._entries, _ = _lay_out([(name, shape, getattr(torch, dtype)) for name, shape, dtype in text["tensors"]])
+        self.adapter = None if text["adapter"] is None else AdapterInfo(**text["adapter"])
+        """What the tensors are, if they are the factors of adapters."""
         data_start = _round_up(_PAGE + text_bytes, _PAGE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")  # right: it is only read
@@ -344,6 +349,10 @@ class ShmReader:
         with torch.no_grad():
             for entry in self._entries:
                 params[entry.name].copy_(entry.view(self._staging))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What ``fetch`` got, by name, in staging memory: good until the next ``fetch``."""
+        return {entry.name: entry.view(self._staging) for entry in self._entries}
 
     def read_into(self, params: Mapping[str, Tensor], min_version: int, timeout: float) -> tuple[int, int]:
         """``fetch`` and ``apply``: version and hash of what ``params`` hold now. On any error they are untouched."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from areal.config import GRPOConfig
+from areal.weight_sync.adapter import AdapterInfo
 from areal.weight_sync.stream import Sender
 
 
@@ -17,8 +18,13 @@ def weights_folder(config: GRPOConfig, run_folder: Path) -> Path:
     return Path(config.weight_sync.folder).expanduser().absolute() / config.experiment_name / config.trial_name
 
 
-def make_sender(config: GRPOConfig, model_folder: Path, run_folder: Path, device: torch.device) -> Sender:
-    """Rank 0's end of the configured transport. ``ValueError`` for shm, which does not stream."""
+def make_sender(
+    config: GRPOConfig, model_folder: Path, run_folder: Path, device: torch.device, adapter: AdapterInfo | None = None
+) -> Sender:
+    """Rank 0's end of the configured transport. ``ValueError`` for shm, which does not stream.
+
+    ``adapter``: what is sent are the factors of adapters, which disk alone can stream.
+    """
     sync = config.weight_sync
     match config.transport:
         case "broadcast":
@@ -29,7 +35,8 @@ def make_sender(config: GRPOConfig, model_folder: Path, run_folder: Path, device
         case "disk":
             from areal.weight_sync.disk import DiskSender
 
-            return DiskSender(weights_folder(config, run_folder), model_folder, device=device, timeout=sync.timeout)
+            folder = weights_folder(config, run_folder)
+            return DiskSender(folder, model_folder, device=device, timeout=sync.timeout, adapter=adapter)
         case "tensor":
             from areal.weight_sync.tensor import TensorSender
 

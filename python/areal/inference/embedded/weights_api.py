@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from torch import Tensor
 
+from areal.inference.embedded.adapter import EngineAdapter
 from areal.inference.embedded.distributed_api import DistributedAPI
 from areal.inference.embedded.driver import EngineDriver
 from areal.inference.embedded.engine import EmbeddedEngine
@@ -18,6 +19,8 @@ from areal.inference.embedded.http_json import failure, json_response, parse_obj
 from areal.inference.embedded.loaded_parts import LoadedParts
 from areal.inference.embedded.tensor_api import TensorAPI
 from areal.ops.weights_hash import weights_hash
+from areal.weight_sync.adapter import CONFIG as ADAPTER_CONFIG
+from areal.weight_sync.adapter import read_adapter
 from areal.weight_sync.checkpoint_reader import open_checkpoint
 from areal.weight_sync.shm import ShmReader, WeightSyncError
 
@@ -39,11 +42,12 @@ class WeightsAPI:
         self.label = str(engine.version)
         """What ``meta_info.weight_version`` says."""
         self.hash = ""
-        """Of the engine's own parameters, 16 hex digits."""
+        """Of the engine's own parameters, 16 hex digits; with an adapter of the adapter's factors."""
         self._readers: dict[str, ShmReader] = {}
         self._update_lock = asyncio.Lock()
         self._updates: set[asyncio.Task[web.Response]] = set()
         self._parts = LoadedParts()
+        self._adapter = EngineAdapter()
         self._tensor = TensorAPI(self)
         self._distributed = DistributedAPI(self, engine.device)
 
@@ -58,7 +62,7 @@ class WeightsAPI:
         }
 
     async def start(self) -> None:
-        self.hash = await self._driver.call(_hash_of, is_long=True)
+        self.hash = await self._driver.call(self._hash_of_whole, is_long=True)
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -67,19 +71,30 @@ class WeightsAPI:
     async def update_weights_from_disk(self, http: web.Request) -> web.Response:
         body = parse_object(await http.read())
         path, label = body.get("model_path"), body.get("weight_version")
-        if not isinstance(path, str) or not (Path(path) / "config.json").is_file():
-            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory")
+        if not isinstance(path, str) or not any((Path(path) / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            return failure(f"model_path {path!r} cannot be loaded; give a Hugging Face model directory, or an adapter's")
+
+        def number() -> int:
+            return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
 
         async def update() -> web.Response:
             async with self._update_lock:
                 try:
+                    if (Path(path) / ADAPTER_CONFIG).is_file():
+                        factors, info = await asyncio.to_thread(read_adapter, Path(path))
+
+                        def add(parameters: Mapping[str, Tensor]) -> int:
+                            self._adapter.take(parameters, factors, info)
+                            return number()
+
+                        return await self._update(add, body, None if label is None else str(label), is_adapter=True)
                     source = await asyncio.to_thread(open_checkpoint, Path(path), self._engine.model)
                 except (OSError, ValueError) as error:
                     return failure(f"the weights were not updated, model_path {path} cannot be loaded: {error}")
 
                 def load(parameters: Mapping[str, Tensor]) -> int:
                     source.read_into(parameters)
-                    return int(label) if label is not None and str(label).isdigit() else self._engine.version + 1
+                    return number()
 
                 with source:
                     return await self._update(load, body, None if label is None else str(label))
@@ -107,10 +122,13 @@ class WeightsAPI:
                     return failure(f"the weights were not updated: {error}")
 
                 def load(parameters: Mapping[str, Tensor]) -> int:
-                    reader.apply(parameters)
+                    if reader.adapter is None:
+                        reader.apply(parameters)
+                    else:
+                        self._adapter.take(parameters, reader.tensors(), reader.adapter)
                     return found
 
-                return await self._update(load, body, None)
+                return await self._update(load, body, None, is_adapter=reader.adapter is not None)
 
         return await self.to_the_end(update())
 
@@ -170,6 +188,7 @@ class WeightsAPI:
             number = int(label) if str(label).isdigit() else engine.version + 1
             engine.update_weights(lambda _: number)
             loaded = number, self._parts.hash(parameters)
+            self._adapter.forget(loaded[1])
         self._driver.add_span("weight_sync", start, time.time())
         return loaded
 
@@ -185,7 +204,9 @@ class WeightsAPI:
         if (reader := self._readers.pop(name, None)) is not None:
             reader.close()
 
-    async def _update(self, load: Callable[[Mapping[str, Tensor]], int], body: dict[str, Any], label: str | None) -> web.Response:
+    async def _update(
+        self, load: Callable[[Mapping[str, Tensor]], int], body: dict[str, Any], label: str | None, *, is_adapter: bool = False
+    ) -> web.Response:
         mode = body.get("mode")
         if mode not in (None, "abort", "retract", "in_place"):
             return failure(f"mode is {mode!r}; it must be abort, retract or in_place")
@@ -196,7 +217,7 @@ class WeightsAPI:
                 engine.abort(None)
             engine.update_weights(load, None if mode == "abort" else mode)
             self._parts.forget()
-            result = engine.version, _hash_of(engine)
+            result = engine.version, self._adapter.hash if is_adapter else self._hash_of_whole(engine)
             self._driver.add_span("weight_sync", start, time.time())
             return result
 
@@ -204,7 +225,7 @@ class WeightsAPI:
             version, self.hash = await self._driver.call(update, is_long=True)
         except (ValueError, OSError) as error:
             if isinstance(error, OSError):  # a disk that fails in the middle leaves a part of the new weights
-                self.hash = await self._driver.call(_hash_of, is_long=True)
+                self.hash = await self._driver.call(self._hash_of_whole, is_long=True)
             return failure(f"the weights were not updated: {error}")
         self.label = label or str(version)
         return self._updated(version)
@@ -213,6 +234,8 @@ class WeightsAPI:
         message = f"Weights updated to version {version}."
         return json_response({"success": True, "message": message, "version": version, "hash": self.hash, "num_paused_requests": 0})
 
-
-def _hash_of(engine: EmbeddedEngine) -> str:
-    return f"{weights_hash(engine.parameters()):016x}"
+    def _hash_of_whole(self, engine: EmbeddedEngine) -> str:
+        """Of weights that were not made by adding an adapter to others."""
+        digest = f"{weights_hash(engine.parameters()):016x}"
+        self._adapter.forget(digest)
+        return digest

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any, NoReturn, Protocol
 
-from .harness import FAULT, read_frame, run_case, run_tests
+from .harness import FAULT, STOP, read_frame, run_case, run_tests
 from .limits import Level, Limits
 from .snapshot import PREIMPORTED, Snapshot
 from .syscalls import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, landlock_abi, prctl
@@ -103,6 +103,8 @@ def _be_first_to_go() -> None:
 
 def _receive(judge: socket.socket) -> tuple[Limits, float, list[int]] | None:
     message, fds, _, _ = socket.recv_fds(judge, _MAX_REQUEST, 3)
+    while message == STOP:  # it was meant for a program that ended by itself meanwhile
+        message, fds, _, _ = socket.recv_fds(judge, _MAX_REQUEST, 3)
     if not message:
         return None
     limits, seconds = marshal.loads(message)

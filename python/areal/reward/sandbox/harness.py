@@ -29,6 +29,8 @@ from .snapshot import Snapshot
 from .unit import Ended, is_unittest, verdicts
 
 STARTED, IMPORT_FAILED, FAULT = b"s", b"i", b"!"
+STOP = b"x"
+"""The judge's word to the fork server that a program is to end. It may have ended by itself meanwhile."""
 HEADER = struct.Struct("<Q")
 _NAME = "solution"
 PLACE = "\0areal:"

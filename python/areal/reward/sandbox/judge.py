@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .harness import FAULT, HEADER, IMPORT_FAILED, STARTED
+from .harness import FAULT, HEADER, IMPORT_FAILED, STARTED, STOP
 from .limits import Level, Limits
 
 GRACE = 3.0
@@ -163,7 +163,7 @@ class Run:
 
     def _stop(self) -> None:
         with contextlib.suppress(OSError):  # it is on its way to tell us
-            self._server.send(b"x")
+            self._server.send(STOP)
 
     @property
     def _n_written(self) -> int:

@@ -1,0 +1,80 @@
+"""A critic with layers of its own: a value model beside the policy, with its own optimizer, mini-batches and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from areal.algo.value_loss import value_loss
+from areal.config import CriticConfig
+from areal.models.value_head import ValueInputs
+from areal.trainer.inputs import Inputs
+from areal.trainer.mesh import RankMesh
+from areal.trainer.model import RankModel
+from areal.trainer.step_stats import StepStats
+
+
+class ValueMinibatch(NamedTuple):
+    """This rank's part of a mini-batch of the critic."""
+
+    inputs: list[Inputs]
+    denominator: float
+    """Loss tokens of the whole mini-batch over all ranks."""
+
+
+class Critic:
+    """The value model on the ranks; with more than one rank the methods are collectives.
+
+    Args:
+        model_dir: Hugging Face model directory of the layers; the value head starts from zeros.
+        dtype: as the actor's.
+    """
+
+    def __init__(self, model_dir: str | Path, config: CriticConfig, mesh: RankMesh, dtype: torch.dtype) -> None:
+        self.config = config
+        self.model = RankModel(model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head="values")
+        self.model.set_optimizer(config.optimizer)
+        self.train_steps = 0
+        self.nonfinite_in_a_row = 0
+
+    def train_step(self, minibatches: Sequence[ValueMinibatch]) -> dict[str, Any]:
+        """An optimizer step for each mini-batch, in order.
+
+        Returns over all ranks: value_loss (per loss token), value_clip_fraction, critic_grad_norm, critic_skipped_nonfinite.
+        """
+        mesh, stats = self.model.mesh, StepStats(self.model.mesh.device)
+        lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.config.optimizer.warmup_steps))
+        for minibatch in minibatches:
+            for x in minibatch.inputs:
+                self._backward(x, minibatch.denominator, stats)
+            step = self.model.optimizer_step(lr_scale)
+            stats.add_step(*step)
+            self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
+        self.train_steps += 1
+        result = stats.result(mesh.world_size, len(minibatches))
+        return {
+            "value_loss": result["value_loss"],
+            "value_clip_fraction": result["value_clip_fraction"],
+            "critic_grad_norm": result["grad_norm"],
+            "critic_skipped_nonfinite": result["skipped_nonfinite"],
+        }
+
+    def _backward(self, x: Inputs, denominator: float, stats: StepStats) -> None:
+        target = value_inputs(x, self.config, denominator)
+        assert target is not None
+        values, old, returns = (t.index_select(0, x.rows) for t in (self.model.values(x), target.old_values, target.returns))
+        loss, sums = value_loss(values, old, returns, eps_clip=target.eps_clip, denominator=denominator)
+        loss.backward()
+        stats.add({**sums, "loss": loss.detach(), "n_tokens": x.loss_mask.sum().float()})
+
+
+def value_inputs(x: Inputs, config: CriticConfig | None, denominator: float) -> ValueInputs | None:
+    """What the value loss of a micro-batch needs, ``denominator`` being the loss tokens of its mini-batch over all ranks; None where this model is no critic."""
+    if config is None:
+        return None
+    if x.values is None or x.returns is None:
+        raise ValueError("a critic is trained on values and returns, which this micro-batch lacks: call score first and fill them in")
+    return ValueInputs(x.values, x.returns, config.eps_clip, denominator, config.loss_coef if config.shared else 1.0)
