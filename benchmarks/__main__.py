@@ -22,6 +22,7 @@ SYSTEM = (
     "interruption",
     "math_reward",
     "reward_latency",
+    "train_step",
     "weight_sync",
 )
 DEFAULT_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}

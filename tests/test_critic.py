@@ -9,6 +9,7 @@ from torch import nn
 from trainer_setup import MODEL, make_config, make_groups, save_small_model
 from transformers import AutoModelForCausalLM
 
+from areal.algo.advantage import compute_advantages
 from areal.config import CriticConfig, OptimizerConfig, RefConfig
 from areal.models.heads import packed_logprobs
 from areal.models.loading import create_model, load_model
@@ -197,9 +198,19 @@ def test_shared_layers_get_both_gradients(model_folder, tmp_path):
 def test_the_policy_goes_out_without_its_value_head(model_folder, tmp_path):
     _, plain = make_engine(model_folder, tmp_path)
     _, shared = make_engine(model_folder, tmp_path, {"shared": True})
-    assert shared.manifest() == plain.manifest() and list(shared.weights()) == list(plain.weights())
+    assert shared.gatherer.manifest() == plain.gatherer.manifest() and list(shared.weights()) == list(plain.weights())
     assert shared.gatherer.bucket_plan(1 << 20) == plain.gatherer.bucket_plan(1 << 20)
     assert any("value_head" in n for n, _ in shared.models["actor"].model.named_parameters())
+
+
+def test_a_checkpoint_holds_what_cannot_be_loaded_again(model_folder, tmp_path):
+    config, path = make_config(model_folder, tmp_path, kl_ctl=0.1, **NO_NORM), str(model_folder)
+
+    def names(ref, warms_up, critic=None):
+        return list(TrainEngine(model_folder, config.actor, critic=critic, ref=ref, warms_up=warms_up).models)
+
+    assert names(RefConfig(), False) == names(RefConfig(path=path), True) == ["actor"]
+    assert names(RefConfig(), True, CriticConfig()) == ["actor", "critic", "ref"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -245,6 +256,24 @@ def test_kl_in_the_reward_is_that_of_the_policy_before_the_step(model_folder, tm
     mask = torch.cat([torch.from_numpy(t.loss_mask) for t in samples_of(groups)])
     behaviour = torch.cat([torch.from_numpy(t.logprobs) for t in samples_of(groups)])
     assert of_behaviour.row["kl_reward"] == pytest.approx(float((behaviour - ref)[mask].mean()), rel=1e-4)
+
+
+def test_log_probs_of_the_score_are_not_computed_again(model_folder, tmp_path):
+    groups = make_groups()
+    keys = {"kl_ctl": 0.5, "kl_in": "reward", "ppo_n_minibatches": 2, "optimizer": {"lr": 1e-2}}
+    config, engine = make_engine(model_folder, tmp_path, cls=Recording, **keys)
+    _, other = make_engine(model_folder, tmp_path, cls=Recording, **keys)
+    batch = prepare(config, engine, groups).batch
+    assert [mb.proximal_logprobs is None for m in batch.minibatches for mb in m.ranks[0]] == [True, False]
+    passes, compute = [], engine.actor.frozen_logprobs
+    engine.actor.frozen_logprobs = lambda *args: passes.append(1) or compute(*args)
+    stats = engine.train_step(rank_part(batch.minibatches))
+    assert not passes
+    batch.minibatches[1].ranks[0][0].proximal_logprobs = None
+    expected = other.train_step(rank_part(batch.minibatches))
+    for first, second in zip(engine.gradients["actor"], other.gradients["actor"], strict=True):
+        assert relative_difference(first, second) < 1e-7
+    assert stats["kl_proximal"] == pytest.approx(expected["kl_proximal"], abs=1e-9)
 
 
 def collected(config, engine, groups):
@@ -305,6 +334,22 @@ def test_a_critic_learns(model_folder, tmp_path, shared):
     assert prepared.row["return_mean"] == pytest.approx(
         np.mean(np.concatenate([t.reward * t.loss_mask[t.loss_mask] for g in groups for t in g.trajectories])), abs=1e-5
     )
+
+
+def test_without_critic_and_reference_the_ranks_are_not_asked(model_folder, tmp_path):
+    class Silent:
+        n_data_ranks = 2  # and no score
+
+    groups, config = make_groups(), make_config(model_folder, tmp_path, ppo_n_minibatches=2)
+    batch, row, spans = asyncio.run(prepare_batch(config, Silent(), groups, groups))
+    assert (row, spans, batch.critic_minibatches, batch.n_samples) == ({}, [], [], 24)
+    advantages = compute_advantages(groups, config.actor, 40)
+    expected = make_train_batch(groups, advantages, n_minibatches=2, max_tokens_per_mb=16384, world_size=2)
+    for m, n in zip(batch.minibatches, expected.minibatches, strict=True):
+        for mb, other in zip((mb for rank in m.ranks for mb in rank), (mb for rank in n.ranks for mb in rank), strict=True):
+            np.testing.assert_array_equal(mb.advantages, other.advantages)
+            np.testing.assert_array_equal(mb.input_ids, other.input_ids)
+            assert mb.ref_logprobs is mb.values is mb.returns is None
 
 
 def test_advantages_fall_as_the_critic_learns_what_comes(model_folder, tmp_path):

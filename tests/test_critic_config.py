@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from areal import SFTTrainer
 from areal.config import ConfigError, GRPOConfig
 from areal.config_check import check_config, check_machine
 from areal.config_load import load_expr_config
@@ -27,6 +28,7 @@ def check(*words):
         ["actor.kl_ctl=0.01", "actor.kl_in=reward", "ref.offload=true"],
         ["actor.kl_ctl=0.01", "critic.shared=true", "actor.reward_norm.mean_level=batch", "actor.reward_norm.std_level=batch"],
         ["actor.discount=0.99"],
+        ["critic={}", "actor.reward_norm=null", "actor.gae_lambda=0.9"],
     ],
 )
 def test_what_fits(words):
@@ -78,3 +80,10 @@ def test_other_tokenizers_are_refused(tmp_path):
     check_machine(check(*words, f"ref.path={tmp_path}/same"))
     with pytest.raises(ConfigError, match=r"ref.path: the tokenizer of '.*other' has other token ids"):
         check_machine(check(*words, f"ref.path={tmp_path}/other"))
+
+
+def test_supervised_training_loads_neither():
+    words = ["actor.kl_ctl=0.1", "actor.kl_in=reward", *CRITIC, "warmup={total_steps: 3, stop_at_accuracy: null}"]
+    config = check(*words)
+    alone = SFTTrainer(config)._cluster.config
+    assert config.uses_ref and not alone.uses_ref and alone.critic is None

@@ -20,7 +20,7 @@ from areal.evaluation import Evaluation, SampleAnswer
 ROW: dict[str, Any] = {
     "step": 7, "version": 6, "reward": 0.8125, "accuracy": 0.81, "length": 26.4, "length_max": 47, "staleness_mean": 0.91, "staleness_max": 2,
     "tokens_generated": 8000, "tokens_trained": 7600, "gen_tokens_per_s": 28_444.0, "train_tokens_per_s": 27_111.0, "rollout_busy": 0.93,
-    "trainer_busy": 0.71, "loss": -0.0123, "grad_norm": 0.42, "clip_fraction": 0.013, "entropy": 0.3, "logprob_drift_max": 2.4e-6,
+    "trainer_busy": 0.71, "mfu": 0.38, "loss": -0.0123, "grad_norm": 0.42, "clip_fraction": 0.013, "entropy": 0.3, "logprob_drift_max": 2.4e-6,
     "buffer_groups": 11, "inflight_groups": 64, "dropped": {}, "skipped_nonfinite": 0,
 }  # fmt: skip
 
@@ -107,14 +107,25 @@ def test_panel_tells_what_matters(make: Make) -> None:
     assert "cooling down 760/900" in text and "42%" in text and "12.3k tok/s" in text and "25% of the first" in text
     display.step(ROW)
     text = panel(display, 100)
-    for part in ("arithmetic/trial", "7/80", "0.812", "81%", "26.4", "max 47", "28.4k tok/s", "93% busy", "27.1k tok/s", "71% busy"):
+    for part in (
+        "arithmetic/trial",
+        "7/80",
+        "0.812",
+        "81%",
+        "26.4",
+        "max 47",
+        "28.4k tok/s",
+        "93% busy",
+        "27.1k tok/s",
+        "71% busy, MFU 38%",
+    ):
         assert part in text
     for part in ("0.91 max 2 of 2 allowed", "64 in flight, 11 ready", "2.4e-06 under 1e-04"):
         assert part in text
     assert "dropped" not in text and "non-finite" not in text
     display.step({**ROW, "dropped": {"prompt_too_long": 3, "reward_error": 0}, "skipped_nonfinite": 2})
     text = panel(display, 100)
-    assert "3 prompt too long" in text and "reward error" not in text and "non-finite gradients: 2" in text
+    assert "3 prompt too long" in text and "reward error" not in text and "non-finite numbers: 2" in text
 
 
 def test_unknown_values_are_dashes(make: Make) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from areal.config_check_supervised import check_dpo_config, check_sft_config
 from areal.config_load import load_expr_config
 from areal.tasks.arithmetic import build_tokenizer, make_problem
 from areal.workflow.build import reward_function
@@ -18,7 +19,17 @@ SCRIPTS = ("agent", "calculator", "write_code")
 """They make model and rows themselves."""
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+SUPERVISED = {"sft": check_sft_config, "dpo": check_dpo_config}
+"""For commands of their own."""
+
+
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem in SUPERVISED], ids=lambda p: p.stem)
+def test_one_without_rollouts_loads(path):
+    config, _ = load_expr_config([str(path), "seed=3"], check=SUPERVISED[path.stem])
+    assert config.seed == 3
+
+
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in SUPERVISED], ids=lambda p: p.stem)
 def test_loads_and_takes_overrides(path):
     model = ["actor.path=made/by/the/script"] if path.stem in SCRIPTS else []
     config, source = load_expr_config([str(path), "seed=3", "rollout.max_head_offpolicyness=1", *model])
@@ -39,7 +50,9 @@ def test_longest_chain_fits(path):
 
 
 def test_there_are_these():
-    assert {p.stem for p in EXAMPLES} == {"arithmetic", "arithmetic_long", "calculator", "code", "gsm8k", "write_code"}
+    assert {p.stem for p in EXAMPLES} == {
+        "arithmetic", "arithmetic_long", "calculator", "code", "dpo", "gsm8k", "lora", "sft", "write_code"
+    }  # fmt: skip
     assert {p.stem for p in FOLDER.glob("*.py")} == {"tiny", *SCRIPTS}
 
 

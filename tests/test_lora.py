@@ -8,7 +8,7 @@ import torch
 from test_trainer_engine import rank_part, relative_difference
 from trainer_setup import make_batch, make_config, save_small_model
 
-from areal.config import ConfigError, LoraConfig
+from areal.config import ConfigError, DPOConfig, LoraConfig, RefConfig
 from areal.config_check import check_config
 from areal.inference.embedded.adapter import EngineAdapter
 from areal.models.heads import packed_logprobs
@@ -81,9 +81,9 @@ def test_a_frozen_head_costs_two_products_and_gets_no_gradient(tmp_path, monkeyp
         monkeypatch.setattr(torch, name, counting(getattr(torch, name)))
     step = engine.actor.optimizer_step
 
-    def optimizer_step(lr_scale):
+    def optimizer_step(*arguments):
         has_gradient.update({n: p.grad is not None for n, p in engine.model.named_parameters()})
-        return step(lr_scale)
+        return step(*arguments)
 
     engine.actor.optimizer_step = optimizer_step
     engine.train_step(rank_part(make_batch()))
@@ -98,10 +98,10 @@ def test_gradients_are_those_of_peft_in_float64(model_folder, tmp_path):
     engine, _ = trained(model_folder, tmp_path)
     gradients, parameters = {}, {}
 
-    def keep(scale):
+    def keep(*arguments):
         gradients.update({n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None})
         parameters.update({n: p.detach().clone() for n, p in engine.model.named_parameters()})
-        return engine.actor.__class__.optimizer_step(engine.actor, scale)
+        return engine.actor.__class__.optimizer_step(engine.actor, *arguments)
 
     engine.actor.optimizer_step = keep
     batch = make_batch(capacity=100)
@@ -154,6 +154,23 @@ def test_without_adapters_it_is_the_model_that_it_was(model_folder, tmp_path):
         assert torch.equal(engine.logprobs(microbatch), base)
     assert torch.equal(engine.logprobs(microbatch), adapted)
     assert all(p.requires_grad == (".lora_" in n) for n, p in engine.model.named_parameters())
+
+
+def test_a_reference_after_a_warm_up_is_what_the_warm_up_made(model_folder, tmp_path):
+    config = make_config(model_folder, tmp_path, lora=LORA, optimizer={"lr": 1e-2}).actor
+    without, warmed = (TrainEngine(model_folder, config, ref=RefConfig(), warms_up=warms_up) for warms_up in (False, True))
+    assert without.reference is None and warmed.reference is not None
+    batch = make_batch()
+    microbatch = batch.minibatches[0].ranks[0][0]
+    for engine in (without, warmed):
+        start = engine.logprobs(microbatch)
+        for _ in range(3):
+            engine.sft_step(rank_part(batch)[0])
+        engine.start_from_actor()
+        expected = start if engine is without else engine.logprobs(microbatch)
+        found = torch.from_numpy(engine.score([[microbatch]], [], False)["ref_logprobs"][0][0])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (engine.logprobs(microbatch) - start).abs().max() > 1e-2
 
 
 def test_the_start_of_the_adapters_is_the_seeds(model_folder, tmp_path):
@@ -231,6 +248,11 @@ def test_what_cannot_work_is_refused_before_anything_starts(model_folder, tmp_pa
         return check_config(config)
     with pytest.raises(ConfigError, match=sentence):
         check_config(config)
+
+
+def test_preferences_are_for_another_command(model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="dpo is the recipe of another command"):
+        check_config(make_config(model_folder, tmp_path).new(dpo=DPOConfig()))
 
 
 # -- an adapter in the embedded engine ----------------------------------------------------------------------------------------------

@@ -31,8 +31,12 @@ CASES = {
     "bfloat16": {**LORA, "dtype": "bfloat16"},
     "dpo": {"optimizer": {"lr": 1e-3}},
     "dpo_lora": LORA,
+    "context": LORA,
+    "dpo_context": {"optimizer": {"lr": 1e-3}},
+    "replicas": LORA,
 }
 """Of ``thin`` the second rank has no part of A."""
+LAYOUTS = {"context": "fsdp:d1c2", "dpo_context": "fsdp:d1c2", "replicas": "fsdp:d2r2"}
 
 
 class Recording(TrainEngine):
@@ -60,18 +64,20 @@ def make_pairs(n, seed=0):
 
 def run_case(folder, name, rank, world_size):
     dpo = DPOConfig(beta=0.5, label_smoothing=0.1)
-    config = make_config(folder / "model", folder, backend=f"fsdp:d{world_size}", **CASES[name])
+    layout = LAYOUTS.get(name, f"fsdp:d{world_size}") if world_size > 1 else "fsdp:d1"
+    config = make_config(folder / "model", folder, backend=layout, **CASES[name])
     mesh = RankMesh(torch.device("cpu"), rank, config.trainer_layout)
+    n_data, mine = config.trainer_layout.data, mesh.data_index
     engine = Recording(folder / "model", config.actor, temperature=0.9, mesh=mesh, ref=RefConfig() if "dpo" in name else None, seed=5)
     microbatch = make_batch().minibatches[0].ranks[0][0]
     before, stats = engine.logprobs(microbatch), []
     for step in range(3):
         if "dpo" in name:  # five pairs on two ranks: one of them is filled up
-            batch = make_dpo_batch(make_pairs(5, seed=step), 90, world_size)
-            stats.append(engine.dpo_step(RankMinibatch(batch.ranks[rank], batch.denominator), dpo))
+            batch = make_dpo_batch(make_pairs(5, seed=step), 90, n_data)
+            stats.append(engine.dpo_step(RankMinibatch(batch.ranks[mine], batch.denominator), dpo))
         else:
-            batch = make_batch(n_minibatches=2, capacity=130, world_size=world_size, seed=step)
-            stats.append(engine.train_step([RankMinibatch(m.ranks[rank], m.denominator) for m in batch.minibatches]))
+            batch = make_batch(n_minibatches=2, capacity=130, world_size=n_data, seed=step)
+            stats.append(engine.train_step([RankMinibatch(m.ranks[mine], m.denominator) for m in batch.minibatches]))
     result = {
         "gradients": engine.gradients,
         "stats": stats,

@@ -97,10 +97,9 @@ def test_adapters_alone(transport: str, model: Path, tmp_path: Path) -> None:
             server.process.kill()
 
 
-@pytest.mark.parametrize("sync", ["merged", "adapter"])
-def test_a_run(sync: str, tmp_path: Path) -> None:
+def test_a_run(tmp_path: Path) -> None:
     """Reinforcement learning of adapters, with the KL to the model at the start: both sides agree on the log-probs after every update."""
-    keys = ["actor.lora={rank: 8, alpha: 16}", f"actor.lora.sync={sync}", "actor.kl_ctl=0.01", "actor.optimizer.type=adamw"]
+    keys = ["actor.lora={rank: 8, alpha: 16}", "actor.lora.sync=adapter", "actor.kl_ctl=0.01", "actor.optimizer.type=adamw"]
     run = TrainRun(tmp_path, *keys, "actor.optimizer.lr=1e-2", "total_train_steps=3", "saver.every_steps=2")
     assert run.summary()["train_steps"] == 3
     rows = run.metrics()
@@ -125,7 +124,7 @@ def test_adapters_learn(tmp_path: Path) -> None:
     lora = ["actor.lora={rank: 16, alpha: 32}", "warmup.optimizer.type=adamw", "warmup.optimizer.lr=5e-3", "warmup.total_steps=60"]
     final, adapters = learn("adapters", f"actor.path={start}", "actor.init_from_scratch=null", *lora)
     assert adapters[0] == pytest.approx(np.mean(whole[-5:]), rel=0.3)
-    assert np.mean(adapters[-5:]) < 0.7 * adapters[0]
+    assert np.mean(adapters[-5:]) < 0.85 * adapters[0]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, final))
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(before["model.layers.1.mlp.up_proj.weight"], after["model.layers.1.mlp.up_proj.weight"])

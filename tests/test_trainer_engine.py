@@ -8,9 +8,10 @@ import torch
 from trainer_setup import make_batch, make_config, make_groups, save_small_model
 
 from areal.config import OptimizerConfig
+from areal.models import heads
 from areal.models.heads import packed_logprobs
 from areal.models.loading import load_model
-from areal.ops import ppo_loss
+from areal.ops import linear_ppo_loss, ppo_loss
 from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
 from areal.trainer.optimizer import Muon, PolicyOptimizer, orthogonalise
 
@@ -129,6 +130,16 @@ def test_gradient_checkpointing_changes_nothing(model_folder, tmp_path):
     checkpointing.train_step(rank_part(make_batch()))
     assert len(calls) == 2, "the layer must run again in backward"
     assert relative_difference(checkpointing.gradients[0], plain.gradients[0]) < 1e-7
+
+
+def test_gradient_checkpointing_leaves_the_head_alone(model_folder, tmp_path, monkeypatch):
+    """Around the head it would double its products, which make the gradients in the forward pass already."""
+    engine = make_engine(model_folder, tmp_path, gradient_checkpointing=True)
+    batch = make_batch(capacity=100)
+    calls = []
+    monkeypatch.setattr(heads, "linear_ppo_loss", lambda *a, **k: calls.append(1) or linear_ppo_loss(*a, **k))
+    engine.train_step(rank_part(batch))
+    assert len(calls) == len(batch.minibatches[0].ranks[0]) > 1
 
 
 def test_first_minibatch_is_on_policy_and_the_drift_is_measured(model_folder, tmp_path):

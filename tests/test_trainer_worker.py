@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from trainer_setup import make_batch, make_config, make_groups, save_small_model
@@ -122,3 +123,61 @@ def test_missing_model_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(WorkerFailed, match="empty"):
         with_trainer(tmp_path / "empty", tmp_path, None)
+
+
+def test_training_waits_for_no_disk_and_a_state_that_cannot_be_written_is_told(model_folder, tmp_path):
+    async def scenario(handle):
+        batch = make_batch(world_size=2)
+        for name in ("slow", "full", "whole"):
+            (tmp_path / name / "models").mkdir(parents=True)
+        slow = tmp_path / "slow" / "models" / "__1_0.distcp"
+        os.mkfifo(slow)  # a disk that takes no byte until somebody reads
+        await handle.train_step(batch)
+        await handle.copy_state(tmp_path / "slow")
+        writing = asyncio.create_task(handle.state_written(tmp_path / "slow"))
+        for _ in range(2):
+            await handle.train_step(batch)
+        assert not writing.done()
+        await asyncio.to_thread(slow.read_bytes)
+        with pytest.raises(CheckpointFailed, match="Illegal seek"):  # it is no file after all
+            await writing
+
+        rank = psutil.Process(handle._links[1].process.pid)
+        rank.rlimit(psutil.RLIMIT_FSIZE, (50_000, psutil.RLIM_INFINITY))
+        await handle.copy_state(tmp_path / "full")
+        with pytest.raises(CheckpointFailed, match="File too large"):
+            await handle.state_written(tmp_path / "full")
+        rank.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        await handle.train_step(batch)
+
+        await handle.copy_state(tmp_path / "whole")
+        _, saved = await handle.publish(3)
+        files = (await handle.state_written(tmp_path / "whole"))["files"]
+        assert set(files) == {"rank_0000.json", "rank_0001.json", "models/.metadata", "models/__0_0.distcp", "models/__1_0.distcp"}
+        await handle.train_step(batch)
+        assert (await handle.publish(4))[1] != saved
+        await handle.restore(tmp_path / "whole")
+        assert (await handle.publish(5))[1] == saved
+
+    with_trainer(model_folder, tmp_path, scenario, backend="fsdp:d2")
+
+
+def test_ranks_that_share_sequences(model_folder, tmp_path):
+    """One data rank of two processes: both get the same micro-batches, and only one counts and publishes."""
+
+    async def scenario(handle):
+        assert (handle.world_size, handle.n_data_ranks) == (2, 1)
+        batch = make_batch(n_minibatches=2, capacity=100)
+        microbatch = batch.minibatches[0].ranks[0][0]
+        _, digest = await handle.publish(0)
+        assert digest == weights_hash(named_parameters(model_folder))
+        logprobs = await handle.logprobs(microbatch)
+        assert (logprobs != 0).tolist() == microbatch.loss_mask.tolist()
+        stats = await handle.train_step(batch)
+        assert stats["n_tokens"] == sum(int(mb.loss_mask.sum()) for m in batch.minibatches for mb in m.ranks[0])
+        assert (await handle.sft_step(batch.minibatches[0]))["n_tokens"] == int(batch.minibatches[0].denominator)
+        _, digest = await handle.publish(1)
+        await handle.save(tmp_path / "checkpoint")
+        assert weights_hash(named_parameters(tmp_path / "checkpoint")) == digest
+
+    with_trainer(model_folder, tmp_path, scenario, backend="fsdp:d1c2")

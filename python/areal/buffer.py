@@ -52,6 +52,10 @@ class TrajectoryBuffer:
     def n_unfinished(self) -> int:
         return len(self._unfinished)
 
+    def finished(self) -> list[Group]:
+        """Those that no batch has taken yet."""
+        return list(self._finished.values())
+
     def admitted(self, group_id: int, version: int) -> None:
         assert group_id not in self._unfinished and group_id not in self._finished, f"group {group_id} admitted twice"
         self._unfinished[group_id] = version

@@ -1,4 +1,4 @@
-"""The command line: ``areal train | sft | dpo | serve | reward-server | eval | score | doctor | report``.
+"""The command line: ``areal train | sft | dpo | serve | reward-server | eval | score | doctor | report | replay-batch``.
 
 Data goes to stdout, everything else to stderr. A mistake is one sentence and a hint (exit code 2), a run that failed is one sentence
 with the reason (exit code 1). Nothing heavy is imported before the arguments are parsed: ``areal --help`` needs neither torch nor pydantic.
@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from areal.replay_command import add_replay, run_replay
 from areal.supervised_command import add_supervised, run_supervised
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_score(commands)
     _add_doctor_and_report(commands)
+    add_replay(commands)
     return parser
 
 
@@ -184,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import_from_here() -> None:
     """Users' functions lie in the folder that they start from, as for ``python -m areal``."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
 
 
@@ -356,7 +357,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": _train, "sft": _supervised, "dpo": _supervised, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report,
+    "train": _train, "sft": _supervised, "dpo": _supervised, "serve": _serve, "reward-server": _reward_server, "eval": _eval, "score": _score, "doctor": _doctor, "report": _report, "replay-batch": run_replay,
 }  # fmt: skip
 
 

@@ -16,13 +16,15 @@ from areal.data import load_dataset
 from areal.display import Display
 from areal.evaluation import EpisodeSlots, Evaluation, SampleAnswer, evaluate, held_out_rows
 from areal.inference.client import RolloutClient, WeightUpdateError
+from areal.inference.placement import trainer_gpus
 from areal.inference.servers import RolloutServer, ServerStartError, end_servers, start_server
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
+from areal.recover import RunState, find_resumable, go_on
 from areal.reward import RewardService
 from areal.reward.code import CodeReward
 from areal.reward.sandbox.levels import describe
-from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_lock
+from areal.run_folder import create_run_folder, keep_last, load_tokenizer, prepare_model, run_folder_of, run_lock, write_config
 from areal.runner import DropCounter
 from areal.stats import StatsLogger
 from areal.threads import use_daemon_threads
@@ -52,9 +54,21 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
 class Cluster:
     """The processes of a run. ``open`` starts them, ``close`` ends them; ``watch`` runs beside the loop and keeps them going."""
 
-    def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None, *, with_rollout: bool = True) -> None:
+    def __init__(
+        self,
+        config: GRPOConfig,
+        train_dataset: Any = None,
+        valid_dataset: Any = None,
+        *,
+        with_rollout: bool = True,
+        may_resume: bool = False,
+    ) -> None:
+        """``with_rollout=False``: the trainer alone, for supervised training. ``may_resume``: an earlier run of the trial may go on."""
         self.config = config
-        self._with_rollout = with_rollout  # false: the trainer alone, for supervised training
+        self.resumed: RunState | None = None
+        """What this run goes on from; known once it is open."""
+        self._with_rollout = with_rollout
+        self._may_resume = may_resume
         self.drops = DropCounter()
         self.meter = EngineMeter()
         self.servers: list[RolloutServer] = []
@@ -73,13 +87,14 @@ class Cluster:
         train, valid = self.given_rows
         self.train_dataset = train if isinstance(train, Iterator) else load_dataset(config.train_dataset, config.seed, given=train)
         self.valid_rows = held_out_rows(config, valid)
-        self.run_folder = create_run_folder(config)
-        self._resources.enter_context(run_lock(self.run_folder))
+        self._open_folder()
         self.model_folder = prepare_model(config, self.run_folder)
         self.tokenizer = load_tokenizer(self.model_folder)
         self.display = self._resources.enter_context(Display(config, self.run_folder))
-        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config))
+        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config, self.resumed.step if self.resumed else 0))
+        self._tell_resumed()
         unlink_stale()
+        await self._tell_memory()
         if not self._with_rollout:
             await self._start_trainer()
             return
@@ -107,6 +122,34 @@ class Cluster:
             self.display.note,
         )
 
+    def _open_folder(self) -> None:
+        """That of the run which goes on, as it was then, or a new one."""
+        self.resumed = find_resumable(self.config) if self._may_resume else None
+        if self.resumed is None:
+            self.run_folder = create_run_folder(self.config)
+            self._resources.enter_context(run_lock(self.run_folder))
+            return
+        self.resumed.place(self.train_dataset)
+        self.run_folder = run_folder_of(self.config)
+        self._resources.enter_context(run_lock(self.run_folder))
+        go_on(self.resumed, self.run_folder)
+        write_config(self.config, self.run_folder)
+
+    def _tell_resumed(self) -> None:
+        if self.resumed is not None:
+            for note in self.resumed.notes:
+                self.display.note(note)
+            self.display.note(f"the run goes on after step {self.resumed.step}, from {self.resumed.folder}", style="")
+
+    async def _tell_memory(self) -> None:
+        """What the trainer will need; ``ConfigError`` before anything is started where that is more than there is."""
+        from areal.trainer.memory import check_memory  # transformers: not for those who only look at this module
+
+        line, is_close = await asyncio.to_thread(
+            check_memory, self.config, self.model_folder, "cuda" if trainer_gpus(self.config) else "cpu"
+        )
+        self.display.note(line, style="yellow" if is_close else "")
+
     async def _tell_isolation(self) -> None:
         """Where answers are programs: how they are confined on this machine."""
         if isinstance(function := reward_function(self.config), CodeReward):
@@ -123,6 +166,8 @@ class Cluster:
     async def _start_trainer(self) -> None:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)
         self._resources.push_async_callback(self.trainer.close)
+        if self.resumed is not None:
+            await self.trainer.restore(self.resumed.folder)
 
     async def _first_server(self, index: int) -> None:
         """All servers of the start are told to have version 0: weights are pushed before the first request."""

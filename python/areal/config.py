@@ -112,8 +112,8 @@ class RecoverConfig(Section):
     """auto: go on from the newest recover checkpoint of the trial if there is one; required: it must be there; off: always start anew."""
     every_steps: int = Field(0, ge=0)
     """Train steps between recover checkpoints; 0 = none."""
-    keep: int = Field(1, ge=1)
-    """How many of them are kept."""
+    keep: int = Field(2, ge=1)
+    """How many of them are kept; where the newest is damaged, the one before it is taken."""
 
 
 class EvaluatorConfig(Section):

@@ -15,7 +15,10 @@ from areal.config import ConfigError, DatasetConfig, GenerationConfig, GRPOConfi
 from areal.config_check_trainer import (
     check_adapters,
     check_critic_and_reference,
+    check_heads,
     check_objective,
+    check_offload,
+    check_overlong,
     check_peft,
     check_same_vocabulary,
 )
@@ -34,7 +37,7 @@ def check_config(config: GRPOConfig) -> None:
     _check_lengths(config)
     _check_sampling(config)
     check_objective(config)
-    _check_overlong(config)
+    check_overlong(config)
     _check_times(config)
     check_adapters(config)
     check_critic_and_reference(config, longest_sequence(config.train_dataset, config.gconfig))
@@ -164,6 +167,7 @@ def _check_context(config: GRPOConfig, longest: int, what: str) -> None:
 def _check_model_limit(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
     if not isinstance(model.get("model_type"), str):
         raise ConfigError(f"{where} has no model_type", "name a Hugging Face architecture, e.g. model_type: qwen2")
+    check_heads(config, model, where)
     limit = model.get("max_position_embeddings")
     needs = {"gconfig": longest_sequence(config.train_dataset, config.gconfig)}
     if config.evaluator.gconfig is not None:
@@ -194,22 +198,6 @@ def _check_sampling(config: GRPOConfig) -> None:
         )
 
 
-def _check_overlong(config: GRPOConfig) -> None:
-    actor, longest = config.actor, config.gconfig.max_new_tokens
-    if not actor.overlong_reward_penalty:
-        if actor.overlong_tokens:
-            raise ConfigError(
-                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
-            )
-        return
-    if not 0 < actor.overlong_tokens <= longest:
-        raise ConfigError(
-            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
-            f"and actor.overlong_tokens={actor.overlong_tokens}",
-            f"set actor.overlong_tokens={max(1, longest // 5)}",
-        )
-
-
 def _check_times(config: GRPOConfig) -> None:
     rollout = config.rollout
     if rollout.batch_timeout < rollout.episode_timeout:
@@ -236,6 +224,7 @@ def check_machine(config: GRPOConfig, given: Collection[str] = (), *, trains: bo
     ``given`` names the data sets whose rows are there already; without ``trains`` no weights go to the servers.
     """
     _check_gpus(config)
+    check_offload(config)
     check_peft(config)
     if config.layout.engine == "sglang" and not config.rollout.urls:
         sglang_python(config.sglang.python)

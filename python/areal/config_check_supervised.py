@@ -15,7 +15,7 @@ def check_sft_config(config: GRPOConfig) -> None:
     if config.warmup is None:
         raise ConfigError("supervised training needs its recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
     if config.warmup.stop_at_accuracy is not None:
-        return check_config(config)
+        return check_config(config.new(dpo=None))
     _check_trainer(config)
     _check_prompts("warmup.dataset" if config.warmup.dataset else "train_dataset", config.warmup.dataset or config.train_dataset, config)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from areal.config import ActorConfig, ConfigError, CriticConfig, GRPOConfig, RefConfig
 from areal.config_trainer import TrainEngineConfig
+from areal.launcher.gpus import count_gpus
 
 
 def check_objective(config: GRPOConfig) -> None:
@@ -158,7 +160,9 @@ def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
 
 
 def check_adapters(config: GRPOConfig) -> None:
-    """Keys of actor.lora."""
+    """Keys of actor.lora, and a recipe that is not for reinforcement learning."""
+    if config.dpo is not None:
+        raise ConfigError("dpo is the recipe of another command", "run `areal dpo CONFIG`, or remove dpo")
     lora = config.actor.lora
     if lora is None:
         return
@@ -183,3 +187,46 @@ def check_peft(config: GRPOConfig) -> None:
     """What actor.lora needs is installed."""
     if config.actor.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("actor.lora needs the package 'peft'", "pip install '.[lora]' in areal's folder, or set actor.lora=null")
+
+
+def check_heads(config: GRPOConfig, model: Mapping[str, Any], where: str) -> None:
+    """Whether context ranks can share the attention heads of ``model``, a Hugging Face config that came from ``where``."""
+    context = config.trainer_layout.context
+    text = model.get("text_config")
+    heads = (text if isinstance(text, Mapping) else model).get("num_attention_heads", model.get("n_head"))
+    if not isinstance(heads, int) or heads % context == 0:
+        return
+    best = max(n for n in range(1, context) if heads % n == 0)
+    layout = config.trainer_layout
+    replicas = f"r{layout.replicas}" if layout.replicas > 1 else ""
+    raise ConfigError(
+        f"actor.backend='{config.actor.backend}': the model of {where} has {heads} attention heads, which {context} context ranks cannot share equally",
+        f"set actor.backend=fsdp:d{layout.data}{replicas}" + (f"c{best}" if best > 1 else ""),
+    )
+
+
+def check_offload(config: GRPOConfig) -> None:
+    """Offloading needs a GPU to offload from."""
+    sections = {"actor": config.actor, "ref": config.ref, "critic": config.critic}
+    for key, section in sections.items():
+        if section is not None and section.offload and (config.actor.device == "cpu" or count_gpus() == 0):
+            raise ConfigError(
+                f"{key}.offload=true moves parameters out of a GPU's memory, but the trainer is on the CPU", f"remove {key}.offload"
+            )
+
+
+def check_overlong(config: GRPOConfig) -> None:
+    """Keys of the penalty for long answers."""
+    actor, longest = config.actor, config.gconfig.max_new_tokens
+    if not actor.overlong_reward_penalty:
+        if actor.overlong_tokens:
+            raise ConfigError(
+                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
+            )
+        return
+    if not 0 < actor.overlong_tokens <= longest:
+        raise ConfigError(
+            f"actor.overlong_reward_penalty needs the tokens in which it grows, 1 to gconfig.max_new_tokens={longest}, "
+            f"and actor.overlong_tokens={actor.overlong_tokens}",
+            f"set actor.overlong_tokens={max(1, longest // 5)}",
+        )

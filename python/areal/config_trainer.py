@@ -213,7 +213,7 @@ class ActorConfig(TrainEngineConfig):
     adv_norm: NormConfig | None = None
     """Normalisation of the advantages over the loss tokens."""
     max_nonfinite_steps: int = Field(3, ge=0)
-    """Skipped steps with non-finite gradients in a row before the run ends."""
+    """Optimizer steps in a row that may be skipped because loss or gradients are not finite; one more ends the run and is dumped."""
     step_timeout: float = Field(1800.0, gt=0)
     """Seconds one train step may take."""
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from areal.config_check import check_config, check_machine
 from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.group_filter import build_filter
-from areal.metrics import RunTotals, StepClock, batch_row, train_row
+from areal.metrics import RunTotals, StepClock, batch_row, meter_row, train_row
+from areal.recover import Recovery
+from areal.recover_files import what_is_done
 from areal.runner import Runner
 from areal.sft import warm_up
 from areal.staleness import StalenessManager
@@ -63,7 +65,7 @@ class PPOTrainer:
     def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None) -> None:
         self.config = config
         self.totals = RunTotals()
-        self._cluster = Cluster(config, train_dataset, valid_dataset)
+        self._cluster = Cluster(config, train_dataset, valid_dataset, may_resume=True)
         self._given = [k for k, rows in (("train_dataset", train_dataset), ("valid_dataset", valid_dataset)) if rows is not None]
         self._asyncio = asyncio.Runner()
         self._started = 0.0
@@ -138,27 +140,31 @@ class PPOTrainer:
             raise first_error(group) from group
 
     async def _train(self) -> RunTotals:
-        config, cluster, totals = self.config, self._cluster, self.totals
+        config, cluster = self.config, self._cluster
+        resumed = cluster.resumed
+        if resumed is not None:
+            self.totals = RunTotals(**resumed.totals)
+            self._started -= self.totals.seconds_total
+        totals = self.totals
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(cluster.watch())
-            if config.warmup is not None:
+            if config.warmup is not None and resumed is None:
                 begin = time.monotonic()
                 await warm_up(config, cluster, self.eval_workflow)
                 if config.critic is not None or config.uses_ref:
                     await cluster.trainer.start_from_actor()
                 totals.seconds_warmup = time.monotonic() - begin
-            await cluster.weights.publish(0, announce=False)
+            await cluster.weights.publish(resumed.step if resumed is not None else 0, announce=False)
             await cluster.weights.push()
-            before = await self._evaluate("before")
-            begin = time.monotonic()
+            if resumed is None:
+                totals.add_evaluations(await self._evaluate("before"), None)
             await self._learn(tasks)
-            totals.seconds_rl = time.monotonic() - begin
             await cluster.wait_for_version(config.total_train_steps)
             after = await self._evaluate("after")
             await cluster.read_engines()  # the evaluation belongs to the timeline and to the total
             await cluster.save("final")
             watching.cancel()
-        self._finish(before, after)
+        self._finish(after)
         return totals
 
     async def _learn(self, tasks: asyncio.TaskGroup) -> None:
@@ -168,12 +174,21 @@ class PPOTrainer:
         staleness = StalenessManager(batch_size, eta, rollout.max_concurrent_rollouts, config.total_train_steps)
         buffer = TrajectoryBuffer(batch_size, eta, mask_over_age=rollout.over_age_tokens == "mask")
         runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops, self.group_filter)
+        recovery = Recovery(cluster, runner, buffer, self.totals, self.group_filter, self._started)
+        first = 0
+        if (resumed := cluster.resumed) is not None:
+            first = resumed.step
+            staleness.resume(first, len(buffer))
+            recovery.resume(resumed)
+            self._side_work(tasks, first, what_is_done(self.run_folder, first))
+        elif config.warmup is not None and config.recover.every_steps:
+            await recovery.save(tasks, 0)  # the warm-up is not done twice
         generating = tasks.create_task(runner.run(), name="runner")
         await cluster.read_engines()  # what the evaluation generated is not the first step's
         clock, probe = StepClock(), DriftProbe(cluster)
         with ExitStack() as files:
             log = files.enter_context(TrajectoryLog(self.run_folder / "trajectories.jsonl", cluster.tokenizer)) if self._dumps else None
-            for step in range(config.total_train_steps):
+            for step in range(first, config.total_train_steps):
                 clock.start_step()
                 groups = await buffer.cut(step, rollout.batch_timeout)
                 clock.got_batch()
@@ -185,12 +200,16 @@ class PPOTrainer:
                     train_stats = await cluster.trainer.train_step(prepared.batch)
                     clock.trained([*prepared.spans, *train_stats["spans"]])
                     await cluster.weights.publish(step + 1)
-                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **train_row(train_stats), **prepared.row}
+                of_trainer = {**train_row(train_stats), **meter_row(train_stats["meters"], clock.train_seconds), **prepared.row}
+                row = {"step": step + 1, "version": step, **batch_row(groups, step, trained), **of_trainer}
                 row["truncated_masked"] = n_masked
                 await probe.complete(row, groups, step + 1)
                 await self._report(row, clock, len(buffer), buffer.n_unfinished)
                 self._side_work(tasks, step + 1)
+                if recovery.is_due(step + 1):
+                    await recovery.save(tasks, step + 1)
         generating.cancel()
+        self.totals.seconds_rl = recovery.seconds()
         if buffer.n_masked_tokens:
             cluster.drops.add("over_age_tokens_masked", n=buffer.n_masked_tokens)
 
@@ -198,12 +217,14 @@ class PPOTrainer:
     def _dumps(self) -> bool:
         return self.config.stats_logger.dump_trajectories
 
-    def _side_work(self, tasks: asyncio.TaskGroup, step: int) -> None:
-        """Checkpoints and evaluations overlap with everything else."""
+    def _side_work(self, tasks: asyncio.TaskGroup, step: int, done: Collection[str] = ()) -> None:
+        """Checkpoints and evaluations overlap with everything else. ``done``: what the run did of it before it was cut off."""
         saver, evaluator = self.config.saver, self.config.evaluator
-        if saver.every_steps and step % saver.every_steps == 0 and step < self.config.total_train_steps:
+        if not 0 < step < self.config.total_train_steps:
+            return
+        if saver.every_steps and step % saver.every_steps == 0 and "checkpoint" not in done:
             tasks.create_task(self._cluster.save_step(step), name=f"checkpoint {step}")
-        if evaluator.every_steps and step % evaluator.every_steps == 0 and step < self.config.total_train_steps:
+        if evaluator.every_steps and step % evaluator.every_steps == 0 and "evaluation" not in done:
             tasks.create_task(self._cluster.evaluate_step(self.eval_workflow, step), name=f"evaluation {step}")
 
     async def _evaluate(self, when: str) -> Evaluation | None:
@@ -218,9 +239,9 @@ class PPOTrainer:
         row |= clock.row(row["tokens_trained"], *await cluster.read_engines()) | cluster.weights.row()
         cluster.log_step(row, clock)
 
-    def _finish(self, before: Evaluation | None, after: Evaluation | None) -> None:
+    def _finish(self, after: Evaluation | None) -> None:
         totals, cluster = self.totals, self._cluster
-        totals.add_evaluations(before, after)
+        totals.add_evaluations(None, after)
         totals.tokens_generated = cluster.meter.tokens_generated
         totals.dropped = cluster.dropped
         totals.filtered, totals.filter_passed = self.group_filter.n_filtered, self.group_filter.n_passed

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from areal.config import GRPOConfig, drift_bound
-from areal.display_panel import RunPanel, RunState, clock, count, filter_text, is_number, number, share, tiny
+from areal.display_panel import RunPanel, RunState, clock, count, filter_text, is_number, mfu_text, number, share, tiny
 
 if TYPE_CHECKING:
     from areal.evaluation import Evaluation
@@ -148,7 +148,7 @@ def step_line(row: Mapping[str, Any], state: RunState) -> str:
         f"length {number(row.get('length'), 1)}",
         f"stale {number(row.get('staleness_mean'), 2)} max {row.get('staleness_max', '–')}/{state.eta}",
         f"gen {count(row.get('gen_tokens_per_s'))} tok/s {share(row.get('rollout_busy'))} busy",
-        f"train {count(row.get('train_tokens_per_s'))} tok/s {share(row.get('trainer_busy'))} busy",
+        f"train {count(row.get('train_tokens_per_s'))} tok/s {share(row.get('trainer_busy'))} busy{mfu_text(row)}",
         f"drift {tiny(row.get('logprob_drift_max'))}",
     ]
     if dropped:
@@ -211,6 +211,10 @@ def _totals_line(totals: Mapping[str, Any]) -> str:
     parts.append(f"whole run {clock(totals.get('seconds_total') or 0)}")
     parts.append(f"{count(totals.get('tokens_generated'))} tokens generated, {count(totals.get('tokens_trained'))} trained")
     parts.append(f"oldest token {totals.get('max_staleness_trained')} versions")
+    if is_number(totals.get("mfu")):
+        parts.append(f"MFU of the train steps {share(totals['mfu'])}")
+    if totals.get("skipped_nonfinite"):
+        parts.append(f"{totals['skipped_nonfinite']} optimizer steps skipped, not finite")
     dropped = {k: v for k, v in (totals.get("dropped") or {}).items() if v}
     parts.append("dropped " + (", ".join(f"{v} {k.replace('_', ' ')}" for k, v in dropped.items()) if dropped else "nothing"))
     if totals.get("filtered") or totals.get("filter_passed"):

@@ -79,6 +79,11 @@ def tiny(value: Any) -> str:
     return f"{value:.1e}" if is_number(value) else "–"
 
 
+def mfu_text(row: Mapping[str, Any]) -> str:
+    """Model FLOPs over the peak of the trainer's devices, where the row has it."""
+    return f", MFU {share(row['mfu'])}" if is_number(row.get("mfu")) else ""
+
+
 def filter_text(row: Mapping[str, Any]) -> str:
     """What the dynamic filter did."""
     passed = f" ({count(row['filter_passed'])} more passed, beyond dynamic_filter_max_waste)" if row.get("filter_passed") else ""
@@ -180,7 +185,7 @@ class RunPanel:
                 table,
                 label,
                 f"{count(row.get(rate))} tok/s",
-                Text.assemble(bar(row.get(busy), 10, "blue"), f" {share(row.get(busy))} busy"),
+                Text.assemble(bar(row.get(busy), 5, "blue"), f" {share(row.get(busy))} busy", mfu_text(row) if label == "training" else ""),
             )
         _line(table, "staleness", number(row.get("staleness_mean"), 2), f"max {row.get('staleness_max', '–')} of {eta} allowed")
         _line(table, "groups", count(row.get("inflight_groups")), f"in flight, {count(row.get('buffer_groups'))} ready")
@@ -199,7 +204,7 @@ class RunPanel:
         if row.get("filtered") or row.get("filter_passed"):
             lines.append(Text(filter_text(row)))
         if row.get("skipped_nonfinite"):
-            lines.append(Text(f"skipped steps with non-finite gradients: {row['skipped_nonfinite']}", style="bold red"))
+            lines.append(Text(f"skipped steps with non-finite numbers: {row['skipped_nonfinite']}", style="bold red"))
         return lines
 
 

@@ -55,6 +55,8 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
         ConfigError: the configuration has no dpo.
     """
 
+    _takes_preferences = True
+
     def __init__(self, config: GRPOConfig, train_dataset: Any = None) -> None:
         if config.dpo is None:
             raise ConfigError("DPOTrainer needs the recipe under the key 'dpo'", "add dpo: {beta: 0.1, total_steps: ...}")

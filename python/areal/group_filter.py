@@ -7,7 +7,7 @@ trained on: ``max_waste`` for each. Beyond that, groups pass whatever they are, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from areal.config import ConfigError, RolloutConfig
 from areal.types import Group
@@ -46,6 +46,14 @@ class GroupFilter:
         self.n_filtered = self.n_passed = 0
         self._most = max(1.0, max_waste * reserve)
         self._credit = self._most
+
+    def state_dict(self) -> dict[str, float]:
+        return {"n_filtered": self.n_filtered, "n_passed": self.n_passed, "credit": self._credit}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """The bound may be another one now; what is left of it is at most that."""
+        self.n_filtered, self.n_passed = int(state["n_filtered"]), int(state["n_passed"])
+        self._credit = min(self._most, state["credit"])
 
     def wants(self, group: Group) -> bool:
         """Whether to train on this group.

@@ -89,6 +89,14 @@ class RunTotals:
     """Groups that it was against, trained on because of rollout.dynamic_filter_max_waste."""
     truncated_masked: int = 0
     """Sequences that actor.mask_truncated kept out of the loss."""
+    skipped_nonfinite: int = 0
+    """Optimizer steps that were left out because loss or gradients were not finite."""
+    mfu: float | None = None
+    """As in the rows, over the time of all train steps."""
+    train_seconds: dict[str, float] = field(default_factory=dict)
+    """Of all train steps, by phase."""
+    peak_mb: dict[str, float] = field(default_factory=dict)
+    """Largest memory of a rank in MiB, by phase."""
     truncated_before: float | None = None
     truncated_after: float | None = None
     pass_at_k_before: dict[str, float] = field(default_factory=dict)
@@ -109,6 +117,17 @@ class RunTotals:
         self.max_staleness_trained = max(self.max_staleness_trained, row["staleness_max"])
         self.tokens_trained += row["tokens_trained"]
         self.truncated_masked += row.get("truncated_masked", 0)
+        self.skipped_nonfinite += row.get("skipped_nonfinite", 0)
+        self._add_meters(row)
+
+    def _add_meters(self, row: Mapping[str, Any]) -> None:
+        seconds = {phase: row[f"{phase}_seconds"] for phase in _PHASES if f"{phase}_seconds" in row}
+        before, now = sum(self.train_seconds.values()), sum(seconds.values())
+        if row.get("mfu") is not None and now > 0:
+            self.mfu = ((self.mfu or 0.0) * before + row["mfu"] * now) / (before + now)
+        self.train_seconds |= {phase: self.train_seconds.get(phase, 0.0) + s for phase, s in seconds.items()}
+        peaks = {phase: peak for phase in _PHASES if (peak := row.get(f"{phase}_peak_mb")) is not None}
+        self.peak_mb |= {phase: max(self.peak_mb.get(phase, 0.0), peak) for phase, peak in peaks.items()}
 
 
 _OF_OBJECTIVES = (
@@ -124,6 +143,10 @@ _OF_OBJECTIVES = (
 """Statistics of the policy's loss, in the row where the objective has them."""
 
 
+_PHASES = ("recompute", "forward", "backward", "optimizer", "other")
+"""Of a train step: ``trainer.meters.PHASES`` and what is none of them."""
+
+
 def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
     """The trainer's part of the row."""
     keys = ("loss", "grad_norm", "clip_fraction", "entropy", "kl_behaviour", "importance_weight_mean", "skipped_nonfinite")
@@ -137,6 +160,26 @@ def train_row(stats: Mapping[str, Any]) -> dict[str, Any]:
         "logprob_drift_max": drift["max_abs"],
         "logprob_drift_tokens": drift["n"],
     }
+
+
+def meter_row(meters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What a train step cost; ``seconds``: the whole of it, from the batch to its statistics.
+
+    What of it is in no phase of the ranks (packing, the way to them, what they prepare and count) is ``other_seconds``.
+    """
+    phases = {phase: meters["seconds"][phase] for phase in _PHASES}
+    phases["other"] += seconds - sum(phases.values())
+    return {
+        "model_flops_per_s": meters["model_flops"] / seconds,
+        "mfu": mfu(meters, seconds),
+        **{f"{phase}_seconds": of_phase for phase, of_phase in phases.items()},
+        **{f"{phase}_peak_mb": peak for phase, peak in meters["peak_mb"].items()},
+    }
+
+
+def mfu(meters: Mapping[str, Any], seconds: float) -> float:
+    """Model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product."""
+    return meters["model_flops"] / seconds / meters["peak_flops_per_s"]
 
 
 class StepClock:
@@ -155,6 +198,11 @@ class StepClock:
         """``spans``: what the trainer says it did, as (kind, begin, end); without them all the time was training."""
         self.trained_at = time.time()
         self._work = list(spans) or [("training", self.batch_at, self.trained_at)]
+
+    @property
+    def train_seconds(self) -> float:
+        """From the batch to the end of the train step."""
+        return max(self.trained_at - self.batch_at, 1e-9)
 
     def spans(self) -> list[tuple[str, str, float, float]]:
         return [("trainer 0", "waiting", self.begin, self.batch_at), *(("trainer 0", *span) for span in self._work)]

@@ -314,6 +314,7 @@ def _busy(axes: Axes, run: Run) -> None:
     axes.set_title("How busy each side is")
     _curve(axes, run, "rollout_busy", BLUE, "rollout servers")
     _curve(axes, run, "trainer_busy", ORANGE, "trainer")
+    _curve(axes, run, "mfu", RED, "model FLOPs of the trainer's peak (MFU)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, 1.05)
     _legend(axes, loc="best", ncols=2)

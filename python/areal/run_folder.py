@@ -6,6 +6,8 @@ fileroot/experiment_name/trial_name/
     logs/            one file a process
     metrics.jsonl    one row a train step;  timeline.jsonl, tensorboard/, trajectories.jsonl
     checkpoints/     Hugging Face checkpoints;  final/ is the result
+    recover/         what a run that is cut off goes on from (recover_files.py)
+    replay/          a train step that was not finite, for areal replay-batch
     summary.json     written last
 """
 
@@ -27,10 +29,8 @@ _LOCK = ".running"
 
 def create_run_folder(config: GRPOConfig) -> Path:
     """A new, empty folder; an earlier run of the same name is kept beside it with a number behind its name."""
-    folder = Path(config.stats_logger.fileroot).expanduser() / config.experiment_name / config.trial_name
-    folder = folder.absolute()
-    if _is_running(folder):
-        raise ConfigError(f"a run that is going on writes to {folder}", "give this one another trial_name")
+    folder = run_folder_of(config)
+    refuse_running(folder)
     try:
         if folder.exists() and any(folder.iterdir()):
             number = 1
@@ -38,13 +38,27 @@ def create_run_folder(config: GRPOConfig) -> Path:
                 number += 1
             folder.rename(aside)
         (folder / "logs").mkdir(parents=True)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(text)
+        write_config(config, folder)
     except OSError as error:
         raise ConfigError(
             f"the run's folder {folder} cannot be written ({error.strerror})", "set stats_logger.fileroot to a folder where it can"
         ) from error
     return folder
+
+
+def run_folder_of(config: GRPOConfig) -> Path:
+    return (Path(config.stats_logger.fileroot).expanduser() / config.experiment_name / config.trial_name).absolute()
+
+
+def refuse_running(folder: Path) -> None:
+    if _is_running(folder):
+        raise ConfigError(f"a run that is going on writes to {folder}", "give this one another trial_name")
+
+
+def write_config(config: GRPOConfig, folder: Path) -> None:
+    """``config.yaml``: the configuration as it is in force from now on."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text)
 
 
 @contextmanager
@@ -76,6 +90,9 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
                 f"actor.path={config.actor.path} is not a Hugging Face model folder (it has no config.json); give the path of one"
             )
         return path
+    folder = run_folder / "init"
+    if (folder / "tokenizer_config.json").is_file():  # of the run that goes on
+        return folder
     from transformers.utils.logging import disable_progress_bar
 
     from areal.models.loading import create_model
@@ -94,7 +111,6 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
     }
     disable_progress_bar()  # it would draw over the display
     model = create_model({**special, **(config.actor.init_from_scratch or {})}, seed=config.seed)
-    folder = run_folder / "init"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

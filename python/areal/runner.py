@@ -12,8 +12,8 @@ import asyncio
 import hashlib
 import itertools
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from areal.config import GRPOConfig
@@ -63,6 +63,10 @@ class DropCounter:
     @property
     def totals(self) -> dict[str, int]:
         return dict(sorted(self._counts.items()))
+
+    def restore(self, counts: Mapping[str, int]) -> None:
+        """Those of the run that goes on, in place of its own."""
+        self._counts = Counter(counts)
 
     def add(self, cause: str, message: str = "", n: int = 1) -> None:
         """Counts ``n``; the first messages of a cause are logged."""
@@ -199,12 +203,21 @@ class Runner:
         self._rows = _iterator(dataset, config.seed)
         self._staleness = staleness
         self._buffer = buffer
-        self._next_group = 0
-        self._unfinished: set[int] = set()
+        self._next_group = self._n_rows = 0
+        self._again: deque[tuple[int, dict[str, Any]]] = deque()
+        self._unfinished: dict[int, dict[str, Any]] = {}
         self._wake = asyncio.Event()
         self.slots = GenerationSlots(staleness, self._wake.set)
         self._dropped_in_a_row = 0
         self._last_drop = ""
+
+    def position(self) -> tuple[int, int, dict[int, dict[str, Any]]]:
+        """The number of the next new group, how many rows were read, and the rows of the groups that are not finished, by their numbers."""
+        return self._next_group, self._n_rows, {**self._unfinished, **dict(self._again)}
+
+    def resume(self, next_group: int, n_rows: int, again: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        """Before ``run``: groups begin with the rows of ``again``, under their old numbers; the data set is where it was left."""
+        self._next_group, self._n_rows, self._again = next_group, n_rows, deque(again)
 
     async def run(self) -> None:
         """Never returns by itself.
@@ -229,14 +242,16 @@ class Runner:
         if version < 0:  # no server is alive
             return
         for _ in range(self._staleness.capacity(version)):
-            row = self._next_row()
-            if row is None:
+            if self._again:
+                group_id, row = self._again.popleft()
+            elif (new := self._next_row()) is not None:
+                group_id, row = self._next_group, new
+                self._next_group += 1
+            else:
                 continue
-            group_id = self._next_group
-            self._next_group += 1
             self._staleness.admit()
             self._buffer.admitted(group_id, version)
-            self._unfinished.add(group_id)
+            self._unfinished[group_id] = row
             groups.create_task(self._run_group(group_id, row, version), name=f"group {group_id}").add_done_callback(self._wake_up)
 
     def _wake_up(self, _: object) -> None:
@@ -246,6 +261,7 @@ class Runner:
         """None for a row that is not a row: counted, and the next one is read in the next round."""
         try:
             row = next(self._rows)
+            self._n_rows += 1
         except StopIteration:
             raise RunnerError(
                 f"the data set ended after {self._next_group} prompts; give one that goes on (areal.data.PromptDataset)"
@@ -272,7 +288,7 @@ class Runner:
             self._finish(group_id, group if self._filter.wants(group) else None)
 
     def _finish(self, group_id: int, group: Group | None) -> None:
-        self._unfinished.remove(group_id)
+        del self._unfinished[group_id]
         if group is None:
             self._buffer.reject(group_id)
             self._staleness.finish_rejected()

@@ -18,6 +18,7 @@ from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
 from areal.config_check_supervised import check_sft_config, check_sft_machine
 from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
+from areal.metrics import mfu
 from areal.supervised import SupervisedTrainer
 from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
@@ -116,8 +117,8 @@ class SupervisedRun:
         config: the recipe.
         max_tokens_per_mb: capacity of a micro-batch.
         check: judges answers every ``eval_every`` steps when ``stop_at_accuracy`` is set.
-        report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, tokens, tokens_per_s, seconds}, and
-            accuracy when one has just been measured.
+        report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, tokens, tokens_per_s, seconds,
+            skipped_nonfinite, mfu} (the last of the rank's time in this step), and accuracy when one has just been measured.
         overlap: go on training while answers are checked; false where runs must repeat bit for bit.
     """
 
@@ -196,6 +197,8 @@ class SupervisedRun:
             "tokens": result.tokens,
             "tokens_per_s": result.tokens / result.seconds if result.seconds else 0.0,
             "seconds": result.seconds,
+            "skipped_nonfinite": stats.get("skipped_nonfinite"),
+            "mfu": None if (meters := stats.get("meters")) is None else mfu(meters, sum(meters["seconds"].values())),
         }
 
 

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 class StatsLogger:
     """The files of one run. Calls come from one thread; each is a buffered write, ``step`` flushes."""
 
-    def __init__(self, run_dir: Path, config: GRPOConfig) -> None:
+    def __init__(self, run_dir: Path, config: GRPOConfig, last_step: int = 0) -> None:
+        """``last_step``: of a run that goes on, the last train step that its files have."""
         self.run_dir = run_dir
-        self.last_step = 0
+        self.last_step = last_step
         self._metrics = (run_dir / "metrics.jsonl").open("ab")
         self._warmup = (run_dir / "warmup.jsonl").open("ab")
         self._evaluations = (run_dir / "evaluations.jsonl").open("ab")
         self._timeline = (run_dir / "timeline.jsonl").open("ab")
-        self._tensorboard = _EventFile(run_dir / "tensorboard") if config.stats_logger.tensorboard else None
+        self._tensorboard = _EventFile(run_dir / "tensorboard", last_step) if config.stats_logger.tensorboard else None
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One train step: the flat row of ``metrics.py``; its ``step`` counts finished steps, from 1."""
@@ -110,8 +111,9 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float
 class _EventFile:
     """TensorBoard's file format by tensorboard's own record writer: without its queue, its thread, torch or TensorFlow."""
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    def __init__(self, folder: Path, last_step: int = 0) -> None:
+        """After ``last_step``, TensorBoard forgets the later steps of the files before this one."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -120,6 +122,9 @@ class _EventFile:
         self._event, self._summary = Event, Summary
         self._writer = RecordWriter((folder / name).open("wb"))
         self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        if last_step:
+            restart = Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._writer.write(restart.SerializeToString())
         self._writer.flush()
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:

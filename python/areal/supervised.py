@@ -27,12 +27,17 @@ class SupervisedTrainer(ABC, Generic[R]):
         with_rollout: start rollout servers too.
     """
 
+    _takes_preferences = False
+    """Whether the ranks need the reference model of ``config.dpo``."""
+
     def __init__(self, config: GRPOConfig, train_dataset: Any = None, *, with_rollout: bool = False) -> None:
         from areal.cluster import Cluster
 
         self.config = config
         self._with_rollout = with_rollout
-        self._cluster = Cluster(config, train_dataset, with_rollout=with_rollout)
+        # no model is loaded that is not asked
+        alone = config.new(critic=None, actor=config.actor.new(kl_ctl=0.0), dpo=config.dpo if self._takes_preferences else None)
+        self._cluster = Cluster(alone, train_dataset, with_rollout=with_rollout)
         self._given = [] if train_dataset is None else ["train_dataset"]
         self._asyncio = asyncio.Runner()
 

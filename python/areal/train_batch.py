@@ -79,6 +79,8 @@ def _complete(
     fill(batch.minibatches, "advantages", targets.advantages)
     if scores.ref_logprobs is not None and config.actor.kl_in == "loss":
         fill(batch.minibatches, "ref_logprobs", scores.ref_logprobs)
+    if scores.logprobs is not None:
+        fill(batch.minibatches[1:], "proximal_logprobs", scores.logprobs)  # the first one's are those of its training pass
     if scores.values is not None:
         assert targets.returns is not None
         fill(cuts["values"], "values", scores.values)

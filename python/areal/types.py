@@ -117,6 +117,8 @@ class Microbatch:
     advantages: NDArray[np.float32]
     ref_logprobs: NDArray[np.float32] | None = None
     """Of the reference model; None where the loss has no KL penalty."""
+    proximal_logprobs: NDArray[np.float32] | None = None
+    """Of the actor before the train step, where they are known already; None: the ranks compute them."""
     values: NDArray[np.float32] | None = None
     """The critic's before the train step: ``values[t]`` is what the state before token t is worth. None where this is not the critic's."""
     returns: NDArray[np.float32] | None = None

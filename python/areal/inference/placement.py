@@ -24,7 +24,7 @@ def rollout_device(config: GRPOConfig, index: int) -> str:
 
 def trainer_gpus(config: GRPOConfig) -> int:
     """Rank r of the trainer has GPU r; 0 where it has none."""
-    return int(config.actor.backend.partition(":d")[2]) if config.actor.device != "cpu" and count_gpus() else 0
+    return config.trainer_layout.world_size if config.actor.device != "cpu" and count_gpus() else 0
 
 
 def shares_gpu(config: GRPOConfig, index: int) -> bool:

@@ -42,3 +42,27 @@ def installed_gpus() -> int:
     code = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
     nvml.nvmlShutdown()
     return count.value if code == 0 else 0
+
+
+def gpu_memory() -> int:
+    """Bytes of the smallest GPU of the machine; 0 where there is none or the driver does not say."""
+
+    class _Memory(ctypes.Structure):
+        _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+    n = installed_gpus()
+    if n == 0:
+        return 0
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    if nvml.nvmlInit_v2() != 0:
+        return 0
+    found = []
+    for index in range(n):
+        handle, memory = ctypes.c_void_p(), _Memory()
+        if (
+            nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0
+            and nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+        ):
+            found.append(int(memory.total))
+    nvml.nvmlShutdown()
+    return min(found, default=0)

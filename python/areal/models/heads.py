@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from areal.algo.policy_loss import KLEstimator, PPOInputs, policy_loss
-from areal.models.attention import PackedContext
+from areal.models.attention import AttentionContext, PackedContext
 from areal.models.loading import forward_hidden
 from areal.models.prefix import SharedTokens
+from areal.models.ulysses import ContextPart, UlyssesContext
 from areal.models.value_head import ValueInputs, value_terms, values_of
 from areal.ops import LinearPPOLoss, linear_logprob_entropy, linear_ppo_loss, logprob_entropy
 from areal.ops._linear_chunks import chunk_tokens, memory_budget_for
@@ -75,24 +76,29 @@ def packed_logprobs(
     rows: Tensor | None = None,
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of packed sequences, float32 [T] each, in nats, of softmax(logits / temperature).
 
     ``logprobs[t]`` is that of token t given those before it in its sequence, ``entropy[t]`` (without gradient) that of the distribution
     it came from; both are 0 where a sequence starts. ``rows`` (int64 indices into T) restricts the head to these tokens, the others are
     0. Logits of a chunk of tokens exist at a time, ``memory_budget`` bytes of them, in backward too, where they are computed again.
-    ``shared`` says which tokens are the same in several sequences (see ``prefix``); the result does not depend on it.
+    ``shared`` says which tokens are the same in several sequences (see ``prefix``), ``part`` which of them this rank computes (see
+    ``ulysses``; ``rows`` are needed then); the result depends on neither.
 
     Shapes: ids and positions int64 [T]; ``lengths`` sum to T.
     """
-    if rows is None:
+    if part is not None:
+        rows = part.rows
+    elif rows is None:
         starts = torch.zeros(len(input_ids), dtype=torch.bool)
         starts[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
         rows = (~starts).nonzero().squeeze(1).to(input_ids.device)
-    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part)
     logprobs, entropy = _score(head_of(model), hidden, input_ids.index_select(0, rows), temperature, memory_budget)
     zeros = torch.zeros(len(input_ids), dtype=logprobs.dtype, device=hidden.device)
-    return zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
+    logprobs, entropy = zeros.index_copy(0, rows, logprobs), zeros.index_copy(0, rows, entropy.detach())
+    return (logprobs, entropy) if part is None else (part.whole(logprobs), part.whole(entropy))
 
 
 def packed_ppo_loss(
@@ -107,6 +113,7 @@ def packed_ppo_loss(
     denominator: float,
     memory_budget: int | None = None,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
     normalization: Literal["token", "sequence"] = "token",
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
@@ -120,38 +127,43 @@ def packed_ppo_loss(
     matrix products) where a token's gradient depends on its own log-prob alone. Else (something of level "sequence", a reference, an
     interpolated proximal policy, a head that does more) all log-probs come first and logits are made again for the gradient, four products.
     Either way only a chunk of logits exists at a time. Call ``backward`` on the loss at most once with each forward pass. With ``values``
-    the loss has that of the model's value head added, and its sums are among the statistics.
+    the loss has that of the model's value head added, and its sums are among the statistics. With ``part`` log-probs and statistics are
+    those of all context ranks, and so are, with the gradients of own rows, losses of the second kind.
     """
-    hidden = _hidden_before(model, input_ids, position_ids, lengths, rows, shared)
-    head, targets = head_of(model), input_ids.index_select(0, rows)
+    own = rows if part is None else part.rows
+    hidden = _hidden_before(model, input_ids, position_ids, lengths, own, shared, part)
+    head, targets = head_of(model), input_ids.index_select(0, own)
     zeros = torch.zeros(len(input_ids), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
     options |= {"denominator": denominator, "normalization": normalization}
     of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
     if of_sequences or normalization == "sequence":
         ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
         options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
+        of_sequences |= part is not None  # whose own rows do not tell how long a sequence is
     if head.is_product and inputs.is_fused and not of_sequences:
-        result = linear_ppo_loss(
-            hidden,
-            head.projection.weight,
-            targets,
-            *inputs.at(rows)[:3],
-            torch.ones_like(rows, dtype=torch.bool),
-            temperature=temperature / head.scale,
-            memory_budget=memory_budget,
-            **options,
-        )
-        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in (result.logprobs, result.entropy))
-        result = result._replace(logprobs=logprobs, entropy=entropy)
+        mask = torch.ones_like(own, dtype=torch.bool)
+        options |= {"temperature": temperature / head.scale, "memory_budget": memory_budget}
+        result = linear_ppo_loss(hidden, head.projection.weight, targets, *inputs.at(own)[:3], mask, **options)
+        logprobs, entropy = (_whole(zeros.index_copy(0, own, x), part) for x in (result.logprobs, result.entropy))
+        result = result._replace(stats=_whole_sums(result.stats, part), logprobs=logprobs, entropy=entropy)
     else:
-        logprobs, entropy = (zeros.index_copy(0, rows, x) for x in _score(head, hidden, targets, temperature, memory_budget))
-        scores = logprobs.index_select(0, rows), entropy.index_select(0, rows)
-        loss, stats = policy_loss(*scores, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
+        scores = _score(head, hidden, targets, temperature, memory_budget)
+        logprobs, entropy = (_whole(zeros.index_copy(0, own, x), part) for x in scores)
+        at_rows = logprobs.index_select(0, rows), entropy.index_select(0, rows)
+        loss, stats = policy_loss(*at_rows, inputs.at(rows), kl_coef=kl_coef, kl_estimator=kl_estimator, **options)
         result = LinearPPOLoss(loss, stats, logprobs.detach(), entropy.detach())
     if values is not None:
-        value_loss, sums = value_terms(model, hidden, rows, values)
-        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **sums})
+        value_loss, sums = value_terms(model, hidden, own, values)
+        result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **_whole_sums(sums, part)})
     return result
+
+
+def _whole(x: Tensor, part: ContextPart | None) -> Tensor:
+    return x if part is None else part.whole(x)
+
+
+def _whole_sums(sums: Mapping[str, Tensor], part: ContextPart | None) -> Mapping[str, Tensor]:
+    return sums if part is None else part.whole_sums(sums)
 
 
 def packed_values(
@@ -162,25 +174,38 @@ def packed_values(
     *,
     rows: Tensor,
     shared: SharedTokens | None = None,
+    part: ContextPart | None = None,
 ) -> Tensor:
     """What the states before the tokens ``rows`` are worth, by the model's value head: float32 [T], 0 elsewhere."""
-    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared))
-    return torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    if part is not None:
+        rows = part.rows
+    values = values_of(model, _hidden_before(model, input_ids, position_ids, lengths, rows, shared, part))
+    values = torch.zeros(len(input_ids), device=values.device).index_copy(0, rows, values)
+    return values if part is None else part.whole(values)
 
 
 def _hidden_before(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int], rows: Tensor, shared: SharedTokens | None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int],
+    rows: Tensor,
+    shared: SharedTokens | None,
+    part: ContextPart | None = None,
 ) -> Tensor:
     """The hidden states [len(rows), hidden] from which the tokens ``rows`` are predicted.
 
     Without rows too they are connected to every parameter of the body, with a gradient of 0: sharded ranks reduce the same gradients
     whatever their tokens are.
     """
-    context = PackedContext(lengths, shared)
-    if shared is None:
-        return forward_hidden(model, input_ids, position_ids, context).index_select(0, rows - 1)
-    hidden = forward_hidden(model, input_ids[shared.computed], position_ids[shared.computed], context)
-    return hidden.index_select(0, shared.token_of[rows - 1])
+    context: AttentionContext = PackedContext(lengths, shared)
+    before = rows - 1
+    if shared is not None:
+        input_ids, position_ids, before = input_ids[shared.computed], position_ids[shared.computed], shared.token_of[before]
+    if part is not None:
+        context = UlyssesContext(context, part)
+        input_ids, position_ids, before = input_ids[part.begin : part.end], position_ids[part.begin : part.end], before - part.begin
+    return forward_hidden(model, input_ids, position_ids, context).index_select(0, before)
 
 
 def _score(head: Head, hidden: Tensor, targets: Tensor, temperature: float, memory_budget: int | None) -> tuple[Tensor, Tensor]:

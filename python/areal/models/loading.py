@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from areal.models.attention import ATTENTION_NAME, AttentionContext
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The model of a Hugging Face directory, in eval mode, with areal's attention. ``UnsupportedModel`` if it would compute wrongly."""
+    """The model of a Hugging Face directory, in eval mode, with areal's attention. ``UnsupportedModel`` if it would compute wrongly;
+    ``ValueError`` if the checkpoint lacks some of its weights, which transformers would make up."""
     from areal.models.selfcheck import check_model
 
     check_model(AutoConfig.from_pretrained(path, local_files_only=True))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: the checkpoint has no tensor '{missing[0]}'; give the folder of a whole model")
     return model.to(device).eval()
+
+
+def empty_model(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """``load_model`` without the weights: parameters are on the meta device, tied as they should be, and buffers have values."""
+    from areal.models.selfcheck import check_model
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    check_model(config)
+    with _parameters_on_meta():
+        model = model_from_config(config, dtype=dtype)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory. With ``torch.device("meta")`` buffers would have none either, and the rotary
+    frequencies, which no checkpoint holds, would have to be computed again for every architecture in its own way."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is on meta is being tied: it must stay itself
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def create_model(config: dict[str, Any], *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

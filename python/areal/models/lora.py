@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from areal.config import LoraConfig
@@ -139,10 +139,8 @@ class Adapters:
         for pair in self.pairs.values():
             whole = torch.empty(pair.down.shape)
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            if isinstance(pair.down, DTensor):
-                whole = distribute_tensor(whole.to(pair.down.device), pair.down.device_mesh, pair.down.placements, src_data_rank=None)
-            pair.down.copy_(whole)
-            pair.up.zero_()
+            _own_rows(pair.down).copy_(_own_rows(pair.down, of=whole))
+            _own_rows(pair.up).zero_()
 
     def added_to(self, name: str, weight: Tensor, *, whole: bool = False) -> Tensor:
         """``weight``, the rows of the weight ``name`` that this rank holds, or all of it, with the product added if it has an adapter.
@@ -154,7 +152,8 @@ class Adapters:
         up, down = pair.up.detach(), pair.down.detach()
         if isinstance(up, DTensor):
             up = up.full_tensor() if whole else up.to_local()
-        return with_product(weight, AdapterPair(up, down.full_tensor() if isinstance(down, DTensor) else down), self.scale)
+        down = down.full_tensor() if isinstance(down, DTensor) else down
+        return with_product(weight, AdapterPair(up.to(weight.device), down.to(weight.device)), self.scale)
 
     def describe(self, base: str) -> dict[str, Any]:
         """What peft's adapter_config.json is to say; ``base``: the folder of the model that they belong to."""
@@ -174,3 +173,15 @@ class Adapters:
         finally:
             for layer in self._layers:
                 layer._disable_adapters = False
+
+
+def _own_rows(parameter: Tensor, of: Tensor | None = None) -> Tensor:
+    """The rows that this rank holds of ``parameter``, or the same ones of a whole tensor."""
+    if not isinstance(parameter, DTensor):
+        return parameter if of is None else of
+    local = parameter.to_local()
+    if of is None:
+        return local
+    mesh = parameter.device_mesh
+    begin = -(-len(of) // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1)
+    return of[begin : begin + len(local)]

@@ -18,10 +18,11 @@ class ValueInputs(NamedTuple):
     old_values: Tensor
     """Those before the train step, around which values are clipped."""
     returns: Tensor
-    eps_clip: float | None
     denominator: float
-    """Loss tokens of the whole mini-batch over all ranks, however the policy's loss is normalised."""
-    coef: float = 1.0
+    """Loss tokens of the whole mini-batch over all ranks."""
+    eps_clip: float | None
+    coef: float
+    """The loss times this is added to the policy's."""
 
 
 def add_value_head(model: PreTrainedModel, *, keep_lm_head: bool) -> None:
@@ -33,7 +34,6 @@ def add_value_head(model: PreTrainedModel, *, keep_lm_head: bool) -> None:
     nn.init.zeros_(model.value_head.weight)
     nn.init.zeros_(model.value_head.bias)
     if not keep_lm_head:
-        model.config.tie_word_embeddings = False  # nothing is left to tie
         model.set_output_embeddings(nn.Identity())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from areal.algo.value_loss import value_loss
 from areal.config import CriticConfig
@@ -35,22 +36,28 @@ class Critic:
 
     def __init__(self, model_dir: str | Path, config: CriticConfig, mesh: RankMesh, dtype: torch.dtype) -> None:
         self.config = config
-        self.model = RankModel(model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, head="values")
+        self.model = RankModel(
+            model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, offload=config.offload, head="values"
+        )
         self.model.set_optimizer(config.optimizer)
         self.train_steps = 0
         self.nonfinite_in_a_row = 0
 
-    def train_step(self, minibatches: Sequence[ValueMinibatch]) -> dict[str, Any]:
-        """An optimizer step for each mini-batch, in order.
+    def train_step(self, minibatches: Sequence[ValueMinibatch], of_step: StepStats) -> dict[str, Any]:
+        """An optimizer step for each mini-batch, in order; what it costs goes into the meters of ``of_step``.
 
         Returns over all ranks: value_loss (per loss token), value_clip_fraction, critic_grad_norm, critic_skipped_nonfinite.
         """
-        mesh, stats = self.model.mesh, StepStats(self.model.mesh.device)
+        mesh = self.model.mesh
+        stats = StepStats(mesh.device, counts=mesh.counts, meter=of_step.meter)
         lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.config.optimizer.warmup_steps))
         for minibatch in minibatches:
             for x in minibatch.inputs:
-                self._backward(x, minibatch.denominator, stats)
-            step = self.model.optimizer_step(lr_scale)
+                with stats.phase("forward"):
+                    self._backward(x, minibatch.denominator, stats)
+                of_step.add_flops(self.model.flops_of(x, training=True))
+            with stats.phase("optimizer"):
+                step = self.model.optimizer_step(lr_scale, stats.minibatch_loss)
             stats.add_step(*step)
             self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
         self.train_steps += 1
@@ -63,18 +70,20 @@ class Critic:
         }
 
     def _backward(self, x: Inputs, denominator: float, stats: StepStats) -> None:
-        target = value_inputs(x, self.config, denominator)
-        assert target is not None
-        values, old, returns = (t.index_select(0, x.rows) for t in (self.model.values(x), target.old_values, target.returns))
-        loss, sums = value_loss(values, old, returns, eps_clip=target.eps_clip, denominator=denominator)
-        loss.backward()
+        old, returns = (t.index_select(0, x.rows) for t in _targets(x))
+        values = self.model.values(x).index_select(0, x.rows)
+        loss, sums = value_loss(values, old, returns, eps_clip=self.config.eps_clip, denominator=denominator)
+        with stats.phase("backward"):
+            loss.backward()
         stats.add({**sums, "loss": loss.detach(), "n_tokens": x.loss_mask.sum().float()})
 
 
-def value_inputs(x: Inputs, config: CriticConfig | None, denominator: float) -> ValueInputs | None:
-    """What the value loss of a micro-batch needs, ``denominator`` being the loss tokens of its mini-batch over all ranks; None where this model is no critic."""
-    if config is None:
-        return None
+def value_inputs(x: Inputs, critic: CriticConfig | None, denominator: float) -> ValueInputs | None:
+    """What the actor's forward pass needs for a ``critic`` on its layers; None without one."""
+    return None if critic is None else ValueInputs(*_targets(x), denominator, critic.eps_clip, critic.loss_coef)
+
+
+def _targets(x: Inputs) -> tuple[Tensor, Tensor]:
     if x.values is None or x.returns is None:
         raise ValueError("a critic is trained on values and returns, which this micro-batch lacks: call score first and fill them in")
-    return ValueInputs(x.values, x.returns, config.eps_clip, denominator, config.loss_coef if config.shared else 1.0)
+    return x.values, x.returns

@@ -8,34 +8,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from areal.algo.loss import sft_loss
 from areal.config import ActorConfig, CriticConfig, DPOConfig, OptimizerConfig, RefConfig
 from areal.models.checkpoint_names import CheckpointNames
 from areal.models.lora import base_parameters
 from areal.trainer.checkpoint import SavedAdapter
 from areal.trainer.critic import Critic, ValueMinibatch, value_inputs
 from areal.trainer.dpo import dpo_backward
+from areal.trainer.failed_step import FailedMinibatch, NonFiniteGradients, failed_minibatch
 from areal.trainer.gather import WeightGatherer
 from areal.trainer.inputs import Inputs, to_device
 from areal.trainer.mesh import RankMesh
+from areal.trainer.meters import matmul_peak
 from areal.trainer.model import RankModel
-from areal.trainer.ppo import ppo_backward, recomputes_proximal
+from areal.trainer.ppo import policy_denominator, ppo_backward, recomputes_proximal
+from areal.trainer.scoring import score_each
+from areal.trainer.sft import sft_backward
+from areal.trainer.shard_loading import persistent_buffers
 from areal.trainer.sharding import full_tensor
 from areal.trainer.step_stats import StepStats
 from areal.types import Microbatch
 from areal.weight_sync.adapter import AdapterInfo
 from areal.weight_sync.stream import hash_tensors
-
-
-class NonFiniteGradients(RuntimeError):
-    """Too many train steps in a row had gradients with NaN or infinity."""
 
 
 class RankMinibatch(NamedTuple):
@@ -86,6 +87,7 @@ class TrainEngine:
             self.mesh,
             dtype,
             gradient_checkpointing=config.gradient_checkpointing,
+            offload=config.offload,
             head="both" if self.shared_critic else "logprobs",
             lora=config.lora,
             seed=seed,
@@ -96,20 +98,29 @@ class TrainEngine:
         self.reference: RankModel | None = None
         self._base_is_reference = ref is not None and not ref.path and config.lora is not None and not warms_up
         if ref is not None and not self._base_is_reference:
-            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, frozen=True)
+            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, offload=ref.offload, frozen=True)
+        self._keeps_ref = ref is not None and not ref.path and warms_up
         self._made_from_actor = [
             model
             for model, section in ((self.critic and self.critic.model, critic), (self.reference, ref))
             if model is not None and section is not None and not section.path
         ]
         self.gatherer = self._gatherer()
-        self._nonfinite_in_a_row = 0
+        self._peak_flops = matmul_peak(self.mesh.device, dtype)
+        self._opened: StepStats | None = None
+        self.nonfinite_in_a_row = 0
+        self._failed: list[FailedMinibatch] = []
         self.set_optimizer(config.optimizer)
 
     @property
     def models(self) -> dict[str, RankModel]:
-        """Those that are trained, by name: what a checkpoint of the whole run holds."""
-        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic.model})
+        """What a checkpoint of the whole run holds, by name: those that are trained, and a reference that a warm-up made."""
+        models = {"actor": self.actor}
+        if self.critic is not None:
+            models["critic"] = self.critic.model
+        if self.reference is not None and self._keeps_ref:
+            models["ref"] = self.reference
+        return models
 
     @property
     def device(self) -> torch.device:
@@ -121,13 +132,17 @@ class TrainEngine:
         return self.actor.model
 
     @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @property
     def template(self) -> PreTrainedModel:
         return self.actor.template
 
     def set_optimizer(self, config: OptimizerConfig) -> None:
         """A fresh optimizer; its state and the count of its steps start again."""
         self.actor.set_optimizer(config)
-        self._train_steps = 0
+        self.train_steps = 0
 
     # -- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -138,19 +153,21 @@ class TrainEngine:
         the micro-batches of ``critic`` where the critic has layers of its own. Also this rank's spans, as those of ``train_step``.
         """
         begin = time.time()
+        stats = self._opened = StepStats(self.device, counts=self.mesh.counts)  # the train step's: what is done here belongs to it
 
-        def of_each(cut: Sequence[Sequence[Microbatch]], compute: Callable[[list[Inputs]], list[Tensor]]) -> list[list[Any]]:
-            return [[t.cpu().numpy() for t in compute([self._put(mb) for mb in microbatches])] for microbatches in cut]
+        def of_each(model: RankModel, compute: Callable[[list[Inputs]], list[Tensor]], cut: Sequence[Sequence[Microbatch]]) -> list[Any]:
+            return score_each(cut, self._put, model, compute, stats)
 
         result: dict[str, Any] = {}
         if self.reference is not None or self._base_is_reference:
-            result["ref_logprobs"] = of_each(minibatches, lambda inputs: self._reference_logprobs(inputs, self._temperature))
+            of_reference = partial(self._reference_logprobs, temperature=self._temperature)
+            result["ref_logprobs"] = of_each(self.reference or self.actor, of_reference, minibatches)
         if self.critic is not None:
-            result["values"] = of_each(critic, self.critic.model.frozen_values)
+            result["values"] = of_each(self.critic.model, self.critic.model.frozen_values, critic)
         elif self.shared_critic is not None:
-            result["values"] = of_each(minibatches, self.actor.frozen_values)
+            result["values"] = of_each(self.actor, self.actor.frozen_values, minibatches)
         if logprobs:
-            result["logprobs"] = of_each(minibatches, lambda inputs: self.actor.frozen_logprobs(inputs, self._temperature))
+            result["logprobs"] = of_each(self.actor, partial(self.actor.frozen_logprobs, temperature=self._temperature), minibatches)
         return {**result, "spans": [["scoring", begin, time.time()]]}
 
     def train_step(self, minibatches: Sequence[RankMinibatch], critic: Sequence[RankMinibatch] = ()) -> dict[str, Any]:
@@ -161,42 +178,56 @@ class TrainEngine:
         statistics over all ranks: loss, n_tokens, clip_fraction (and its parts clip_high_fraction, clip_low_fraction),
         dual_clip_fraction, filtered_fraction, truncated_fraction, ratio_mean, importance_weight_mean, entropy, kl_proximal, kl_behaviour,
         kl_ref (with the KL in the loss), grad_norm, lr_scale, skipped_nonfinite, version, logprob_drift {mean_abs, max_abs, n} (engine
-        against trainer on tokens that this version sampled; None without such tokens), and this rank's spans [[kind, start, end]] in
-        seconds since the epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also
-        value_loss and value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` when too many steps in a row had
-        to be skipped.
+        against trainer on tokens that this version sampled; None without such tokens), meters {model_flops, peak_flops_per_s, seconds
+        and peak_mb by phase; since ``score`` if that was called before}, and this rank's spans [[kind, start, end]] in seconds since the
+        epoch. ``critic`` are the mini-batches of a critic with layers of its own; with a critic there are also value_loss and
+        value_clip_fraction, and those of ``Critic.train_step``. ``NonFiniteGradients`` on all ranks when too many steps in a row had to
+        be skipped.
         """
-        stats = StepStats(self.device)
+        stats, self._opened = self._opened or StepStats(self.device, counts=self.mesh.counts), None
         begin = time.time()
         prepared = [[self._put(mb) for mb in minibatch.microbatches] for minibatch in minibatches]
         proximal: list[list[Tensor]] = [[]]
         recomputes = recomputes_proximal(self.config)
         if recomputes:
-            proximal += [self.actor.frozen_logprobs(inputs, self._temperature) for inputs in prepared[1:]]
+            with stats.phase("recompute"):
+                proximal += [self._proximal_logprobs(inputs, stats) for inputs in prepared[1:]]
         recomputed = time.time()
         if len(minibatches) > 1 and recomputes:
             stats.span("recompute", begin, recomputed)
-        lr_scale = min(1.0, (self._train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
+        lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.actor.optimizer_config.warmup_steps))
+        self._failed.clear()
         for index, (minibatch, inputs) in enumerate(zip(minibatches, prepared, strict=True)):
-            progress, denominator = index / len(minibatches), self._policy_denominator(minibatch)
-            for turn, x in enumerate(inputs):
-                known = proximal[index][turn] if recomputes and index else None
-                values = value_inputs(x, self.shared_critic, minibatch.denominator)
-                ppo_backward(self.actor, self.config, x, known, progress, denominator, self._temperature, stats, values)
+            progress = index / len(minibatches)
+            known = proximal[index] if recomputes and index else [None] * len(inputs)
+            for x, of_x in zip(inputs, known, strict=True):
+                self.backward(x, of_x, progress, minibatch, stats)
             self._optimizer_step(lr_scale, stats)
+            self._remember_failure(minibatch, known, progress)
         stats.span("training", recomputed, time.time())
-        self._train_steps += 1
-        result = self._finish(stats, lr_scale, len(minibatches))
-        return result if self.critic is None else {**result, **self._train_critic(self.critic, critic, result["spans"])}
+        self.train_steps += 1
+        self._check_finite("ppo")
+        of_critic = {} if self.critic is None else self._train_critic(self.critic, critic, stats)
+        return {**self._finish(stats, lr_scale, len(minibatches)), **of_critic}
 
-    def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], spans: list[Any]) -> dict[str, Any]:
+    def _proximal_logprobs(self, inputs: Sequence[Inputs], stats: StepStats) -> list[Tensor]:
+        """Those of the actor as it is now, computed unless the micro-batches came with them."""
+        known = [x.proximal_logprobs for x in inputs if x.proximal_logprobs is not None]
+        if len(known) == len(inputs):
+            return known
+        stats.add_flops(sum(self.actor.flops_of(x, training=False) for x in inputs))
+        return self.actor.frozen_logprobs(inputs, self._temperature)
+
+    def _train_critic(self, critic: Critic, minibatches: Sequence[RankMinibatch], of_step: StepStats) -> dict[str, Any]:
         begin = time.time()
-        stats = critic.train_step([ValueMinibatch([self._put(mb) for mb in m.microbatches], m.denominator) for m in minibatches])
-        spans.append(["training", begin, time.time()])
+        inputs = [ValueMinibatch([self._put(mb) for mb in m.microbatches], m.denominator) for m in minibatches]
+        stats = critic.train_step(inputs, of_step)
+        of_step.span("training", begin, time.time())
         if critic.nonfinite_in_a_row > self.config.max_nonfinite_steps:
             raise NonFiniteGradients(
                 f"{critic.nonfinite_in_a_row} optimizer steps of the critic in a row had gradients that are not finite "
-                f"(actor.max_nonfinite_steps={self.config.max_nonfinite_steps}); lower critic.optimizer.lr, or look at the rewards"
+                f"(actor.max_nonfinite_steps={self.config.max_nonfinite_steps}); lower critic.optimizer.lr, or look at the rewards",
+                "critic",
             )
         return stats
 
@@ -207,19 +238,25 @@ class TrainEngine:
 
     def sft_step(self, minibatch: RankMinibatch, lr_scale: float = 1.0) -> dict[str, Any]:
         """One supervised step on the loss tokens, at temperature 1. Returns those statistics of ``train_step`` that apply."""
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
+        self._failed.clear()
         for microbatch in minibatch.microbatches:
-            x = self._put(microbatch)
-            logprobs, entropy = self.actor.logprobs(x, temperature=1.0)
-            loss, sums = sft_loss(logprobs, x.loss_mask, denominator=minibatch.denominator)
-            loss.backward()
-            stats.add(sums)
-            stats.add({"entropy": entropy.sum()})
+            sft_backward(self.actor, self._put(microbatch), minibatch.denominator, stats)
         self._optimizer_step(lr_scale, stats)
+        self._remember_failure(minibatch, [None] * len(minibatch.microbatches))
         stats.span("training", begin, time.time())
-        self._train_steps += 1
+        self.train_steps += 1
+        self._check_finite("sft")
         return self._finish(stats, lr_scale, 1)
+
+    def backward(self, x: Inputs, proximal: Tensor | None, progress: float, minibatch: RankMinibatch, stats: StepStats) -> None:
+        """Adds the gradients of the policy's loss of one micro-batch of ``minibatch``; the arguments are those of ``ppo_backward``."""
+        values = value_inputs(x, self.shared_critic, minibatch.denominator)
+        denominator = policy_denominator(self.config, minibatch.policy_denominator, minibatch.denominator)
+        with stats.phase("forward"):  # the head's gradients are made there too
+            ppo_backward(self.actor, self.config, x, proximal, progress, denominator, self._temperature, stats, values)
+        stats.add_flops(self.actor.flops_of(x, training=True))
 
     def dpo_step(self, minibatch: RankMinibatch, config: DPOConfig, lr_scale: float = 1.0) -> dict[str, Any]:
         """One step on preferences (see ``dpo``); the denominator is the number of pairs over all ranks.
@@ -227,17 +264,22 @@ class TrainEngine:
         Returns those statistics of ``train_step`` that apply, and the means over pairs preference_accuracy, margin, chosen_reward and
         rejected_reward.
         """
-        stats = StepStats(self.device)
+        stats = StepStats(self.device, counts=self.mesh.counts)
         begin = time.time()
         inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
-        references = self._reference_logprobs(inputs, temperature=1.0)
+        with stats.phase("recompute"):
+            references = self._reference_logprobs(inputs, temperature=1.0)
+        stats.add_flops(sum(self.actor.flops_of(x, training=False) for x in inputs))
         recomputed = time.time()
         stats.span("recompute", begin, recomputed)
+        self._failed.clear()
         for x, reference in zip(inputs, references, strict=True):
             dpo_backward(self.actor, config, x, reference, minibatch.denominator, stats)
         self._optimizer_step(lr_scale, stats)
+        self._remember_failure(minibatch, references)
         stats.span("training", recomputed, time.time())
-        self._train_steps += 1
+        self.train_steps += 1
+        self._check_finite("dpo", config)
         return self._finish(stats, lr_scale, 1)
 
     def _reference_logprobs(self, inputs: Sequence[Inputs], temperature: float) -> list[Tensor]:
@@ -250,40 +292,44 @@ class TrainEngine:
 
     def logprobs(self, microbatch: Microbatch) -> Tensor:
         """Log-probs of the loss tokens under the current weights, float32 [T] on the CPU; 0 elsewhere."""
-        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0].cpu()
+        return self.actor.frozen_logprobs([self._put(microbatch)], self._temperature)[0][: microbatch.n_tokens].cpu()
 
     def _put(self, microbatch: Microbatch) -> Inputs:
-        return to_device(microbatch, self.device, self.version)
-
-    def _policy_denominator(self, minibatch: RankMinibatch) -> float:
-        if minibatch.policy_denominator is not None:
-            return minibatch.policy_denominator
-        if self.config.loss_normalization != "token":
-            raise ValueError(
-                f"actor.loss_normalization={self.config.loss_normalization} needs a policy_denominator with each mini-batch; "
-                "make_train_batch gives it"
-            )
-        return minibatch.denominator
+        return to_device(microbatch, self.device, self.version, self.mesh)
 
     def _optimizer_step(self, lr_scale: float, stats: StepStats) -> None:
-        step = self.actor.optimizer_step(lr_scale)
+        with stats.phase("optimizer"):
+            step = self.actor.optimizer_step(lr_scale, stats.minibatch_loss)
         stats.add_step(*step)
-        self._nonfinite_in_a_row = 0 if step.finite else self._nonfinite_in_a_row + 1
+        self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
+
+    def _remember_failure(self, minibatch: RankMinibatch, known: Sequence[Tensor | None], progress: float = 0.0) -> None:
+        """What was skipped since the weights last changed, for a replay."""
+        if self.nonfinite_in_a_row:
+            self._failed.append(failed_minibatch(minibatch, known, progress))
+        else:
+            self._failed.clear()
+
+    def _check_finite(self, kind: Literal["ppo", "sft", "dpo"], preferences: DPOConfig | None = None) -> None:
+        if self.nonfinite_in_a_row > self.config.max_nonfinite_steps:
+            raise NonFiniteGradients(
+                f"{self.nonfinite_in_a_row} optimizer steps in a row had a loss or gradients that are not finite (actor.max_nonfinite_steps="
+                f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl",
+                kind,
+                list(self._failed),
+                preferences,
+            )
 
     def _finish(self, stats: StepStats, lr_scale: float, n_minibatches: int) -> dict[str, Any]:
-        if self._nonfinite_in_a_row > self.config.max_nonfinite_steps:
-            raise NonFiniteGradients(
-                f"{self._nonfinite_in_a_row} optimizer steps in a row had gradients that are not finite (actor.max_nonfinite_steps="
-                f"{self.config.max_nonfinite_steps}); lower the learning rates, or look at the rewards and the log-prob drift in metrics.jsonl"
-            )
-        return {**stats.result(self.mesh.world_size, n_minibatches), "lr_scale": lr_scale, "version": self.version}
+        result = stats.result(self.mesh.world_size, n_minibatches, self._peak_flops)
+        return {**result, "lr_scale": lr_scale, "version": self.version}
 
     # -- weights ----------------------------------------------------------------------------------------------------------------
 
     def _gatherer(self, names: CheckpointNames | None = None) -> WeightGatherer:
         """Of the policy's weights as a model without adapters has them."""
         actor, mesh = self.actor, self.mesh
-        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters)
+        return WeightGatherer(base_parameters(self.model), actor.dtype, mesh.rank, mesh.world_size, names, actor.adapters, self.device)
 
     def use_checkpoint_names(self) -> None:
         """From here on ``gatherer`` plans buckets of what a Hugging Face checkpoint holds. ``UnsupportedModel`` if it cannot."""
@@ -296,10 +342,11 @@ class TrainEngine:
         engine tells its own (on rank 0).
         """
         assert self.actor.adapters is not None
-        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, self.mesh.rank, self.mesh.world_size)
+        rank, world_size = self.mesh.rank, self.mesh.world_size
+        whole = WeightGatherer(base_parameters(self.model), self.actor.dtype, rank, world_size, device=self.device)
         device = self.device if self.mesh.rank == 0 else None
         base = sum(hash_tensors(whole.gather, whole.bucket_plan(bucket_bytes), device).values()) & (2**64 - 1)
-        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, self.mesh.rank, self.mesh.world_size)
+        self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, rank, world_size, device=self.device)
         return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
     def weights(self) -> dict[str, Tensor] | None:
@@ -324,6 +371,9 @@ class TrainEngine:
         return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Copies of ``weights`` on the CPU; a collective, None on ranks other than 0."""
+        """Copies on the CPU of all that a checkpoint holds: ``weights``, and buffers that are not trained; a collective, None on ranks other
+        than 0."""
         weights = self.weights()
-        return None if weights is None else {name: w.to("cpu", copy=True) for name, w in weights.items()}
+        if weights is None:
+            return None
+        return {name: w.detach().to("cpu", copy=True) for name, w in (weights | persistent_buffers(self.model)).items()}

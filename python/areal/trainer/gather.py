@@ -2,7 +2,8 @@
 
 FSDP2 cuts a parameter along its first dimension as ``torch.chunk`` does: equal pieces from the first rank on, and the last ranks may
 hold a smaller piece or none. A piece is thus one range of bytes of the whole tensor, so rank 0 receives every piece straight into the
-bucket and needs no memory besides it; another rank needs its own part of the bucket, and only where it has to cast.
+bucket and needs no memory besides it; another rank needs its own part of the bucket, and only where it has to cast. With replicas (HSDP)
+each of them has all pieces; those of the first one go out.
 
 A weight with an adapter leaves as W + scale * B A: W and B are cut alike, so a rank adds the product to its own rows, for which it needs all of
 A. So there is never a second model either.
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from areal.models.checkpoint_names import CheckpointNames
 from areal.models.lora import Adapters, base_parameters
@@ -36,21 +37,26 @@ class WeightGatherer:
         world_size: int,
         names: CheckpointNames | None = None,
         adapters: Adapters | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """``dtype``: what they are cast to on their way. ``names``: what they are called there, if not as here. ``adapters``: of them."""
+        """``dtype``: what they are cast to on their way. ``names``: what they are called there, if not as here. ``adapters``: of them.
+        ``device``: from where they go, if they are elsewhere (offloaded)."""
         self._parameters: Mapping[str, Tensor] = base_parameters(parameters) if isinstance(parameters, nn.Module) else parameters
         self._adapters = adapters
         self._dtype = dtype
         self._rank = rank
-        self._world_size = world_size
+        self._n_shards = world_size
+        self._device = device
         self._names = names if names is not None and not names.is_identity else None
         self._in_memory: dict[BucketPlan, BucketPlan] = {}
         """From a bucket as the wire describes it to the same bytes as parameters, where these differ."""
         for name, parameter in self._parameters.items():
-            if isinstance(parameter, DTensor) and parameter.placements != (Shard(0),):
-                raise ValueError(
-                    f"parameter '{name}' is sharded as {parameter.placements}; weights are gathered from shards of dimension 0"
-                )
+            if isinstance(parameter, DTensor):
+                if parameter.placements not in ((Shard(0),), (Replicate(), Shard(0))):
+                    raise ValueError(
+                        f"parameter '{name}' is sharded as {parameter.placements}; weights are gathered from shards of dimension 0"
+                    )
+                self._n_shards = parameter.device_mesh.size(-1)
 
     def bucket_plan(self, bucket_bytes: int) -> list[BucketPlan]:
         """The same on every rank. Tensors of whole cache lines come first, so that ``flatten_weights`` can lay them out without gaps."""
@@ -75,17 +81,19 @@ class WeightGatherer:
     def gather(self, bucket: BucketPlan, out: Tensor | None) -> None:
         """Fills ``out`` (uint8 [bucket.nbytes], on the parameters' device) on rank 0; None elsewhere. A collective."""
         bucket = self.as_parameters(bucket)
+        if self._rank >= self._n_shards:
+            return  # of another replica
         with torch.no_grad():
             here = {spec.name: self._piece(spec.name) for spec in bucket.tensors}  # collectives of adapters come before the rows
             if self._rank != 0:
                 self._send(here)
                 return
             assert out is not None
-            if self._world_size == 1:
+            if self._n_shards == 1:
                 self._fill(bucket, here, out)
                 return
             receiving = [
-                dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._world_size) for rows in self._pieces(bucket, out, rank)
+                dist.P2POp(dist.irecv, rows, rank) for rank in range(1, self._n_shards) for rows in self._pieces(bucket, out, rank)
             ]
             works = dist.batch_isend_irecv(receiving) if receiving else []
             sources = [piece for piece in here.values() if piece.numel()]
@@ -97,16 +105,16 @@ class WeightGatherer:
     def parts(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         """All parameters by their own names, for somebody on this machine who copies them: a collective, of which the ranks but 0 get empty parts.
 
-        A rank that has everything hands out its own parameters, not cast, in one part, unless they have adapters. Otherwise a part is a bucket, in memory that the
-        next part uses again.
+        A rank that shards with no other hands out its own parameters, not cast, in one part, unless they have adapters. Otherwise a part is
+        a bucket, in memory that the next part uses again.
         """
-        if self._world_size == 1 and self._adapters is None:
-            yield {name: self._piece(name) for name in self._parameters}
+        if self._n_shards == 1 and self._adapters is None:
+            yield {} if self._rank else {name: self._local(name) for name in self._parameters}
             return
         buckets = self._plan(bucket_bytes)
         memory = None
         if self._rank == 0:
-            device = local_part(next(iter(self._parameters.values()))).device
+            device = self._device or self._local(next(iter(self._parameters))).device
             memory = torch.empty(max(bucket.nbytes for bucket in buckets), dtype=torch.uint8, device=device)
         for bucket in buckets:
             out = None if memory is None else memory[: bucket.nbytes]
@@ -114,14 +122,18 @@ class WeightGatherer:
             yield {} if out is None else {spec.name: spec.view(out) for spec in bucket.tensors}
 
     def _piece(self, name: str) -> Tensor:
-        """This rank's piece of a parameter; on one rank all of it. A collective if it has an adapter."""
-        piece = local_part(self._parameters[name].detach())
-        return piece if self._adapters is None else self._adapters.added_to(name, piece)
+        """This rank's piece of a parameter, on the device from where it goes; on one rank all of it. A collective if it has an adapter."""
+        local = self._local(name)
+        local = local if self._device is None else local.to(self._device)
+        return local if self._adapters is None else self._adapters.added_to(name, local)
+
+    def _local(self, name: str) -> Tensor:
+        return local_part(self._parameters[name].detach())
 
     def _pieces(self, bucket: BucketPlan, out: Tensor, rank: int) -> Iterator[Tensor]:
         """Where the pieces that ``rank`` holds lie in the bucket, without those that are empty."""
         for spec in bucket.tensors:
-            chunk = -(-spec.shape[0] // self._world_size)
+            chunk = -(-spec.shape[0] // self._n_shards)
             rows = spec.view(out)[rank * chunk : (rank + 1) * chunk]
             if rows.numel():
                 yield rows

@@ -102,6 +102,12 @@ class PolicyOptimizer:
             ]
             adamw = AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
             self._optimizers.append((adamw, config.lr))
+        self._owners = {p: optimizer for optimizer, _ in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What is remembered of a parameter, by name: empty before its first step, and nothing of a frozen one. It may be changed."""
+        owner = self._owners.get(parameter)
+        return {} if owner is None else owner.state[parameter]
 
     def step(self, lr_scale: float) -> None:
         for optimizer, rate in self._optimizers:

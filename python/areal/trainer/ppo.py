@@ -22,6 +22,15 @@ def recomputes_proximal(config: ActorConfig) -> bool:
     return config.recompute_logprob and config.prox_logp_method == "recompute"
 
 
+def policy_denominator(config: ActorConfig, given: float | None, n_loss_tokens: float) -> float:
+    """What the policy's loss of a mini-batch is divided by: ``given`` with it, or its loss tokens over all ranks."""
+    if given is None and config.loss_normalization != "token":
+        raise ValueError(
+            f"actor.loss_normalization={config.loss_normalization} needs a policy_denominator with each mini-batch; make_train_batch gives it"
+        )
+    return n_loss_tokens if given is None else given
+
+
 def loss_options(config: ActorConfig) -> dict[str, Any]:
     """The arguments of ``packed_ppo_loss`` that do not change from call to call."""
     return {
@@ -72,10 +81,12 @@ def ppo_backward(
         rows=x.rows,
         denominator=denominator,
         shared=x.shared,
+        part=x.part,
         values=values,
         **loss_options(config),
     )
-    result.loss.backward()
+    with stats.phase("backward"):
+        result.loss.backward()
     if progress == 0:
         stats.add_drift(result.logprobs, x.behavior_logprobs, x.fresh)
     elif recomputed is not None:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ class Rank:
         self._publisher: Any = None
         self._writer: Any = None
         self._sender: Any = None
+        self._states: Any = None
         self._adapter: AdapterInfo | None = None
         """What servers are told of the adapters, where these go to them alone."""
 
@@ -49,14 +52,16 @@ class Rank:
         device = _device(actor.device, rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if world_size > 1 or actor.dtype != "float32":
+        offload = any(section is not None and section.offload for section in (actor, config.ref, config.critic))
+        if world_size > 1 or actor.dtype != "float32" or offload:
             torch.distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                ("cpu:gloo,cuda:nccl" if offload else "nccl") if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=rank,
                 world_size=world_size,
                 timeout=timedelta(seconds=actor.step_timeout),
             )
+            torch.distributed.barrier()  # NCCL: what some ranks send each other later needs a communicator that all of them made
         self._engine = TrainEngine(
             model_folder,
             actor,
@@ -89,7 +94,8 @@ class Rank:
         log.info("rank %d of %d on %s: %s, %s parameters, %s of them trained", rank, world_size, device, name, f"{n:,}", f"{trained:,}")
 
     def rpc_score(self, minibatches: list[list[Microbatch]], critic: list[list[Microbatch]], logprobs: bool) -> dict[str, Any]:
-        return self._engine.score(minibatches, critic, logprobs)
+        with self._explained():
+            return self._engine.score(minibatches, critic, logprobs)
 
     def rpc_start_from_actor(self) -> None:
         self._engine.start_from_actor()
@@ -99,20 +105,41 @@ class Rank:
     ) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
+        with self._explained():
+            stats = self._engine.train_step([RankMinibatch(*m) for m in minibatches], [RankMinibatch(*m) for m in critic])
         return stats if self._is_first else None
 
     def rpc_sft_step(self, minibatch: tuple[list[Microbatch], float], lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
+        with self._explained():
+            stats = self._engine.sft_step(RankMinibatch(*minibatch), lr_scale)
         return stats if self._is_first else None
 
     def rpc_dpo_step(self, minibatch: tuple[list[Microbatch], float], config: DPOConfig, lr_scale: float) -> dict[str, Any] | None:
         from areal.trainer.engine import RankMinibatch
 
-        stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
+        with self._explained():
+            stats = self._engine.dpo_step(RankMinibatch(*minibatch), config, lr_scale)
         return stats if self._is_first else None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A step that is not finite is dumped, one without memory says which key to turn."""
+        from areal.trainer.failed_step import NonFiniteGradients, dump
+        from areal.trainer.memory import OutOfMemory, explain_out_of_memory
+
+        try:
+            yield
+        except NonFiniteGradients as error:
+            if not error.minibatches:
+                raise
+            folder = self._run_folder / "replay" / f"{'step' if error.kind == 'ppo' else error.kind}_{self._engine.version + 1:06d}"
+            raise type(error)(f"{error}; {dump(self._engine, error, folder)}", error.kind) from None
+        except RuntimeError as error:
+            if (advice := explain_out_of_memory(error, self._config, self._model_folder)) is None:
+                raise
+            raise OutOfMemory(advice) from error
 
     def rpc_logprobs(self, microbatch: Microbatch) -> Any:
         return self._engine.logprobs(microbatch).numpy()
@@ -160,11 +187,27 @@ class Rank:
         if weights is not None:
             self._writer.start(folder, weights, adapter)
 
-    def _saved(self, folder: Path, error: str | None, begin: float, end: float) -> None:
+    def rpc_copy_state(self, folder: Path) -> None:
+        from areal.trainer.recover import StateWriter
+
+        if self._states is None:
+            self._states = StateWriter(self._engine.mesh, self._state_written)
+        self._states.start(folder, self._engine)
+
+    def rpc_restore(self, folder: Path) -> None:
+        from areal.trainer.recover import restore
+
+        restore(folder, self._engine)
+        log.info("restored from %s", folder)
+
+    def _state_written(self, folder: Path, error: str | None, files: dict[str, tuple[int, str]], begin: float, end: float) -> None:
+        self._saved(folder, error, begin, end, files)
+
+    def _saved(self, folder: Path, error: str | None, begin: float, end: float, files: Any = None) -> None:
         if error is not None:
             log.error("%s", error)
         try:
-            self._server.event("saved", {"folder": str(folder), "error": error, "begin": begin, "end": end})
+            self._server.event("saved", {"folder": str(folder), "error": error, "begin": begin, "end": end, "files": files})
         except OSError:
             pass  # the controller is gone; the main thread ends this process
 
@@ -173,6 +216,8 @@ class Rank:
 
         if self._writer is not None:
             self._writer.wait()
+        if self._states is not None:
+            self._states.wait()
         if self._publisher is not None:
             self._publisher.close()
         if self._sender is not None:

@@ -7,7 +7,14 @@ import types
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -24,8 +31,10 @@ def add_head_methods(model: PreTrainedModel) -> None:
         setattr(model, function.__name__, types.MethodType(function, model))
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype, *, offload: bool = False) -> None:
     """Shards in place; ``model`` holds float32 master weights, products run in ``dtype``, gradients are summed in float32.
+
+    ``mesh`` is (shards,), or (replicas, shards): HSDP. ``offload`` keeps shards, gradients and what the optimizer makes of them in host memory.
 
     Tied weights lie in one unit, the root, because only the layers are units of their own; a layer that shares a parameter with
     anything outside of it would be untied silently, so that is a ``ValueError``.
@@ -36,11 +45,13 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) ->
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
     if (value_head := getattr(model, "value_head", None)) is not None:  # float32 in every product, so it is a unit of its own
-        fully_shard(value_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(value_head, mesh=mesh, mp_policy=whole, offload_policy=place)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

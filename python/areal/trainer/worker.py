@@ -186,23 +186,45 @@ class TrainerHandle:
 
         The weights are those of the moment of the call; other calls go on while the files are written. ``CheckpointFailed``.
         """
+        await self._begin_save("save", folder)
+        done = await self._wait_for_save(folder)
+        return {"spans": [["checkpoint", done["begin"], done["end"]]]}
+
+    async def copy_state(self, folder: Path) -> None:
+        """Copies all that training depends on and begins to write it into ``folder``; training may go on, and ``state_written`` waits."""
+        await self._begin_save("copy_state", folder)
+
+    async def state_written(self, folder: Path) -> dict[str, Any]:
+        """After ``copy_state``: {"begin", "end", "files": path -> (bytes, digest)} when every rank has written and synced its files.
+
+        ``CheckpointFailed``.
+        """
+        return await self._wait_for_save(folder)
+
+    async def restore(self, folder: Path) -> None:
+        """The state of a whole recover checkpoint, whatever number of ranks wrote it."""
+        await self._call_all("restore", _SAVE_TIMEOUT, lambda rank: {"folder": folder})
+
+    async def _begin_save(self, method: str, folder: Path) -> None:
         key = str(folder)
         if key in self._saves:
             raise ValueError(f"the checkpoint {folder} is already being written")
-        done = self._saves[key] = asyncio.get_running_loop().create_future()
+        self._saves[key] = asyncio.get_running_loop().create_future()
         try:
-            await self._call_all("save", _SAVE_TIMEOUT, lambda rank: {"folder": folder})
-            return await self._wait_for_save(done, folder)
-        finally:
+            await self._call_all(method, _SAVE_TIMEOUT, lambda rank: {"folder": folder})
+        except BaseException:
             del self._saves[key]
+            raise
 
-    async def _wait_for_save(self, done: asyncio.Future[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    async def _wait_for_save(self, folder: Path) -> dict[str, Any]:
+        done = self._saves[str(folder)]
         dying = asyncio.create_task(self._links[0].died())
         both: set[asyncio.Future[Any]] = {done, dying}
         try:
             await asyncio.wait(both, timeout=_SAVE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         finally:
             dying.cancel()
+            del self._saves[str(folder)]
         if not done.done():
             if self._links[0].process.poll() is not None:
                 raise await self._links[0].died()
@@ -210,7 +232,7 @@ class TrainerHandle:
         result = done.result()
         if result["error"] is not None:
             raise CheckpointFailed(result["error"])
-        return {"spans": [["checkpoint", result["begin"], result["end"]]]}
+        return result
 
     async def died(self) -> WorkerDied:
         """Returns when a rank has died, with what to say about it; for a task that watches beside the loop."""

@@ -108,6 +108,10 @@ class CheckpointReader:
             except OSError as error:
                 raise OSError(f"'{name}' could not be read, and parameters before it are new already ({error}); update again") from error
 
+    def read(self, source: FileTensor, target: Tensor) -> None:
+        """One of ``tensors``, or a part of one, into ``target`` of the same shape. ``OSError``."""
+        read_tensor(self._descriptors[source.path], source, target)
+
     def close(self) -> None:
         self._open.close()
 
