@@ -9,14 +9,15 @@ Not measured on a GPU yet. Rollout servers on the same GPU, and copies of weight
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from areal.config import ConfigError, GRPOConfig
+from areal.config import ActorConfig, ConfigError, CriticConfig, GRPOConfig, LoraConfig
+from areal.config_trainer import TrainEngineConfig
 from areal.launcher.gpus import gpu_memory
 from areal.models.attention import ATTENTION_NAME
 from areal.models.loading import decoder_layers
@@ -46,7 +47,7 @@ class MemoryEstimate:
     optimizer: float
     """State, and what a step of Muon holds for a moment."""
     other_models: float
-    """Reference and critic, whole."""
+    """Reference and critic, with its gradients and optimizer state."""
     gathered: float
     """Layers and root that FSDP brings together."""
     activations: float
@@ -55,6 +56,8 @@ class MemoryEstimate:
     working: float
     """Gradients of activations in one layer."""
     base: float
+    section: Literal["actor", "critic"] = "actor"
+    """Whose micro-batch needs most: gathered layers, activations, head and working memory are those of this model."""
 
     @property
     def fixed(self) -> float:
@@ -63,15 +66,27 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        return float(sum(getattr(self, f.name) for f in fields(self)))
+        return float(sum(getattr(self, name) for name in _PARTS))
 
     @property
     def at_least(self) -> float:
         return self.fixed + (1 - ERROR) * (self.total - self.fixed)
 
     def describe(self) -> str:
-        parts = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
+        parts = {name.replace("_", " "): getattr(self, name) for name in _PARTS}
         return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size >= 0.005 * self.total)
+
+
+_PARTS = [f.name for f in fields(MemoryEstimate) if f.name != "section"]
+
+
+class _Momentary(NamedTuple):
+    """Bytes of one model's micro-batch, as the fields of ``MemoryEstimate``."""
+
+    gathered: float
+    activations: float
+    head: float
+    working: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,57 +107,85 @@ class _Shape:
     tied: bool
     saved: float
     """Activations of all layers kept for backward, bytes a token."""
+    has_head: bool = True
+
+    def without_head(self) -> _Shape:
+        """As a critic has it; a tied head stays as the embedding."""
+        head = 0 if self.tied else self.vocabulary * self.hidden
+        return replace(self, n=self.n - head, root=self.root - head, has_head=False)
 
 
 def estimate_memory(config: GRPOConfig, model_folder: Path, device: Literal["cpu", "cuda"]) -> MemoryEstimate:
     """Of a rank that trains ``actor`` with ``ref`` and ``critic`` as they are configured; nothing is loaded."""
-    actor = config.actor
-    shape = _shape_of(model_folder, actor.dtype, _score_width(config) if device == "cpu" else 0)
+    actor, critic, ref = config.actor, config.critic, config.ref
     itemsize = 2 if actor.dtype == "bfloat16" else 4
-    tokens = tokens_per_microbatch(config) / config.trainer_layout.context
-    layout = config.trainer_layout
-    n_shards = layout.world_size // layout.replicas
-    sharded = layout.world_size > 1 or itemsize < 4
-    parameters, gradients, optimizer = _fixed(config, shape, n_shards)
-    n_critics = config.critic is not None and not config.critic.shared
-    of_ref = config.uses_ref and (actor.lora is None or bool(config.ref.path) or config.warmup is not None)  # else the actor's own base
-    others = itemsize * shape.n / n_shards * of_ref + (parameters + gradients + optimizer) * n_critics
-    of_layer = shape.saved / shape.n_layers
-    saved = shape.saved
-    if actor.gradient_checkpointing:
-        saved = itemsize * shape.hidden * (shape.n_layers + 1) + of_layer
+    n_shards = config.trainer_layout.world_size // config.trainer_layout.replicas
+
+    def shape_of(path: str) -> _Shape:
+        folder = Path(path).expanduser() if path else model_folder
+        return _shape_of(folder, actor.dtype, _score_width(config) if device == "cpu" else 0)
+
+    shape = shape_of("")
+    parameters, gradients, optimizer = _fixed(actor, shape, n_shards, itemsize, actor.lora)
+    most, section = _momentary(config, actor, shape, tokens_per_microbatch(config), device), "actor"
+    others = 0.0
+    if _has_reference_model(config) and not (device == "cuda" and ref.offload):
+        others += itemsize * (shape_of(ref.path) if ref.path else shape).n / n_shards
+    if critic is not None and not critic.shared:
+        of_critic = (shape_of(critic.path) if critic.path else shape).without_head()
+        if not (device == "cuda" and critic.offload):
+            others += sum(_fixed(critic, of_critic, n_shards, itemsize, None))
+        own = _momentary(config, critic, of_critic, tokens_per_microbatch(config, critic), device)
+        if sum(own) > sum(most):  # one after the other
+            most, section = own, "critic"
     if device == "cuda" and actor.offload:
-        parameters = gradients = optimizer = others = 0.0
-    # The root stays gathered between its forward and backward; two layers are there at a time, and the gradient of one.
-    gathered = sharded * (itemsize * (2 * shape.root + 3 * shape.largest_layer) + 4 * max(shape.root, shape.largest_layer))
-    return MemoryEstimate(
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=optimizer,
-        other_models=others,
-        gathered=gathered,
-        activations=saved * tokens,
-        head=_head(shape, itemsize, tokens, device),
-        working=itemsize * tokens * (4 * shape.hidden + 3 * shape.intermediate),
-        base=_BASE[device],
+        parameters = gradients = optimizer = 0.0
+    return MemoryEstimate(parameters, gradients, optimizer, others, *most, base=_BASE[device], section=section)  # type: ignore[arg-type]
+
+
+def _has_reference_model(config: GRPOConfig) -> bool:
+    """With adapters the actor's own base is the reference, unless a warm-up changes it."""
+    return config.uses_ref and (config.actor.lora is None or bool(config.ref.path) or config.warmup is not None)
+
+
+def _momentary(config: GRPOConfig, section: TrainEngineConfig, shape: _Shape, n_tokens: int, device: str) -> _Momentary:
+    """``n_tokens``: of a micro-batch, over its context ranks."""
+    actor, layout = config.actor, config.trainer_layout
+    itemsize = 2 if actor.dtype == "bfloat16" else 4
+    tokens = n_tokens / layout.context
+    frozen = section is actor and actor.lora is not None
+    saved = shape.saved
+    if section.gradient_checkpointing:
+        saved = itemsize * shape.hidden * (shape.n_layers + 1) + saved / shape.n_layers
+    gathered = 0.0
+    if layout.world_size > 1 or itemsize < 4 or section.offload:
+        # The root stays gathered between its forward and backward; two layers are there at a time. Where they are trained, also the
+        # gradients of the root and of one layer, and the larger of these in float32 while it is summed.
+        gathered = itemsize * (shape.root + 2 * shape.largest_layer)
+        gathered += 0 if frozen else itemsize * (shape.root + shape.largest_layer) + 4 * max(shape.root, shape.largest_layer)
+    return _Momentary(
+        gathered,
+        saved * tokens,
+        _head(shape, itemsize, tokens, device, frozen) if shape.has_head else 0.0,
+        itemsize * tokens * (4 * shape.hidden + 3 * shape.intermediate),
     )
 
 
-def _fixed(config: GRPOConfig, shape: _Shape, n_shards: int) -> tuple[float, float, float]:
+def _fixed(section: TrainEngineConfig, shape: _Shape, n_shards: int, itemsize: int, lora: LoraConfig | None) -> tuple[float, float, float]:
     """Float32 master weights, gradients and optimizer state of this rank; with adapters only these have the last two."""
     trained, parameters = float(shape.n), 4.0 * shape.n
-    if (lora := config.actor.lora) is not None:
+    if lora is not None:
         trained = 2 * lora.rank * (shape.n - shape.root) / shape.hidden  # each matrix [a, b] gets rank * (a + b)
-        parameters = (2 if config.actor.dtype == "bfloat16" else 4) * shape.n + 4 * trained
+        parameters = itemsize * shape.n + 4 * trained
     gradients = 4 * trained / n_shards
-    if config.actor.optimizer.type == "muon" and lora is None:
+    if section.optimizer.type == "muon" and lora is None:
         in_layers = shape.n - shape.root
         momentary = 14 * shape.same_matrices  # float32 directions and their stack, three matrices in bfloat16
         return parameters / n_shards, gradients, (4 * in_layers + 8 * shape.root) / n_shards + momentary
     return parameters / n_shards, gradients, 8 * trained / n_shards
 
 
-def _head(shape: _Shape, itemsize: int, tokens: float, device: str) -> float:
+def _head(shape: _Shape, itemsize: int, tokens: float, device: str, frozen: bool) -> float:
     budget = memory_budget_for("memory", torch.device(device), None)
     chunk = chunk_tokens(max(1, int(tokens)), shape.vocabulary, itemsize, budget)
     logits = chunk * shape.vocabulary * itemsize
@@ -150,14 +193,17 @@ def _head(shape: _Shape, itemsize: int, tokens: float, device: str) -> float:
     weight = shape.vocabulary * shape.hidden
     # d(weight), and it times the gradient of the loss; of a tied one the embedding's share too.
     of_weight = weight * itemsize * (3 if shape.tied else 2) + (4 * weight if several and itemsize < 4 else 0)
-    return logits + of_weight + 3 * itemsize * tokens * shape.hidden
+    return logits + (0 if frozen else of_weight) + 3 * itemsize * tokens * shape.hidden
 
 
-def tokens_per_microbatch(config: GRPOConfig) -> int:
-    """Of the largest: as many as the key allows, unless a rank's part of a mini-batch has fewer."""
-    samples = -(-config.rollout.consumer_batch_size // config.actor.ppo_n_minibatches) * config.gconfig.n_samples
+def tokens_per_microbatch(config: GRPOConfig, section: ActorConfig | CriticConfig | None = None) -> int:
+    """Of the largest of ``section`` (the actor): as many as the key allows, unless a rank's part of a mini-batch has fewer."""
+    section = section or config.actor
+    if config.dpo is not None or (section is config.actor and config.warmup is not None):
+        return section.mb_spec.max_tokens_per_mb  # rows of any length that fits
+    samples = -(-config.rollout.consumer_batch_size // section.ppo_n_minibatches) * config.gconfig.n_samples
     of_rank = -(-samples // config.trainer_layout.data) * _longest(config)
-    return min(config.actor.mb_spec.max_tokens_per_mb, of_rank)
+    return min(section.mb_spec.max_tokens_per_mb, of_rank)
 
 
 def _longest(config: GRPOConfig) -> int:
@@ -256,26 +302,36 @@ def memory_available(device: Literal["cpu", "cuda"]) -> float:
 def advice(config: GRPOConfig, estimate: MemoryEstimate, available: float, device: str, *, most_tokens: int | None = None) -> str:
     """The key that brings most, with a value where one can be told; ``most_tokens``: a micro-batch that is not too large."""
     actor, layout = config.actor, config.trainer_layout
+    section = config.critic if estimate.section == "critic" and config.critic is not None else actor
     if estimate.fixed + estimate.base > _CLOSE * available:
-        if device == "cuda" and not actor.offload:
-            return "set actor.offload=true, give the trainer more ranks (actor.backend=fsdp:dN), or train adapters (actor.lora)"
-        needed = layout.world_size * -(-(estimate.fixed) // max(1.0, 0.6 * available))
-        more = f"give the trainer more memory, e.g. {needed:.0f} ranks on as many devices (actor.backend=fsdp:d{needed:.0f})"
-        return f"{more}, or train a smaller model or adapters (actor.lora)"
+        return _advice_on_models(config, estimate, available, device)
     variable = estimate.activations + estimate.working
     room = _CLOSE * available - (estimate.total - variable)
-    fitting = int(tokens_per_microbatch(config) * max(0.0, room) / max(1.0, variable))
+    fitting = int(tokens_per_microbatch(config, section) * max(0.0, room) / max(1.0, variable))
     fitting = min(fitting, most_tokens or fitting) // 256 * 256
+    checkpoint = f"{estimate.section}.gradient_checkpointing=true"
     if fitting >= max(_longest(config), 256):
-        return f"set actor.mb_spec.max_tokens_per_mb={fitting}" + ("" if actor.gradient_checkpointing else _OR_CHECKPOINT)
-    if not actor.gradient_checkpointing:
-        return "set actor.gradient_checkpointing=true"
+        return f"set {estimate.section}.mb_spec.max_tokens_per_mb={fitting}" + (
+            "" if section.gradient_checkpointing else f", or {checkpoint}"
+        )
+    if not section.gradient_checkpointing:
+        return f"set {checkpoint}"
     if actor.dtype == "float32" and device == "cuda":
         return "set actor.dtype=bfloat16"
-    return f"lower gconfig.max_new_tokens, or let several ranks share a sequence (actor.backend=fsdp:d{layout.data}c{2 * layout.context})"
+    shorter = "leave out long rows" if config.dpo is not None else "lower gconfig.max_new_tokens"
+    return f"{shorter}, or let several ranks share a sequence (actor.backend=fsdp:d{layout.data}c{2 * layout.context})"
 
 
-_OR_CHECKPOINT = ", or actor.gradient_checkpointing=true"
+def _advice_on_models(config: GRPOConfig, estimate: MemoryEstimate, available: float, device: str) -> str:
+    """Where parameters and optimizer alone are too large."""
+    critic = config.critic if config.critic is not None and not config.critic.shared else None
+    sections = {"actor": config.actor, "critic": critic, "ref": config.ref if _has_reference_model(config) else None}
+    stays = [f"{key}.offload=true" for key, section in sections.items() if section is not None and not section.offload]
+    if device == "cuda" and stays:
+        return f"set {' and '.join(stays)}, give the trainer more ranks (actor.backend=fsdp:dN), or train adapters (actor.lora)"
+    needed = config.trainer_layout.world_size * -(-(estimate.fixed) // max(1.0, 0.6 * available))
+    more = f"give the trainer more memory, e.g. {needed:.0f} ranks on as many devices (actor.backend=fsdp:d{needed:.0f})"
+    return f"{more}, or train a smaller model or adapters (actor.lora)"
 
 
 def explain_out_of_memory(error: RuntimeError, config: GRPOConfig, model_folder: Path) -> str | None:
@@ -284,8 +340,8 @@ def explain_out_of_memory(error: RuntimeError, config: GRPOConfig, model_folder:
     if not on_gpu and "can't allocate memory" not in str(error):
         return None
     device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
-    tokens = tokens_per_microbatch(config)
     estimate = estimate_memory(config, model_folder, device)
+    tokens = tokens_per_microbatch(config, config.critic if estimate.section == "critic" else None)
     key = advice(config, estimate, memory_available(device) or estimate.total, device, most_tokens=tokens // 2)
     return f"no memory is left on the trainer's {'GPU' if on_gpu else 'machine'} for micro-batches of up to {tokens} tokens: {key}"
 
