@@ -16,6 +16,7 @@ from trainer_setup import make_config, save_small_model
 
 from areal.algo.loss import dpo_loss
 from areal.config import ConfigError, DatasetConfig, DPOConfig, RefConfig
+from areal.config_check import check_config
 from areal.config_check_supervised import check_dpo_config
 from areal.config_load import load_expr_config
 from areal.data import PromptDataset, load_dataset
@@ -197,12 +198,23 @@ def test_mistakes_in_the_configuration(tmp_path, words, sentence):
         example(tmp_path, *words)
 
 
+def test_recipe_in_a_run_of_another_command_is_told_first(tmp_path):
+    with pytest.raises(ConfigError, match="dpo is the recipe of another command.*areal dpo CONFIG"):
+        check_config(example(tmp_path))
+
+
 def test_mistakes_on_the_machine(model_folder, tmp_path):
     with (
         pytest.raises(ConfigError, match="there is no file 'nowhere.jsonl'"),
         DPOTrainer(example(tmp_path, f"actor.path={model_folder}", "train_dataset.path=nowhere.jsonl")),
     ):
         pass
+    for words, sentence in {
+        "actor.backend=fsdp:d1c3": "the model of actor.path has 4 attention heads, which 3 context ranks cannot share equally",
+        "actor.offload=true": "actor.offload=true moves parameters out of a GPU's memory, but the trainer is on the CPU",
+    }.items():
+        with pytest.raises(ConfigError, match=sentence), DPOTrainer(example(tmp_path, f"actor.path={model_folder}", words)):
+            pass
     rows = [{"prompt": "a1=", "answer": "#1"}]
     with (
         pytest.raises(ConfigError, match=r"none of the first 1 rows has 'chosen' and 'rejected' \(the first one has prompt, answer\)"),
@@ -235,6 +247,7 @@ def test_the_chosen_answers_gain_on_the_rejected_ones(start, tmp_path, actor):
     assert [row["step"] for row in rows] == list(range(1, 26)) and result.pairs == 25 * 16
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and rows[0]["margin"] == 0
     assert rows[0]["lr_scale"] == pytest.approx(0.2) and rows[-1]["lr_scale"] < 0.2
+    assert all(0 < row["mfu"] < 2 and row["forward_seconds"] > 0 and row["recompute_seconds"] > 0 for row in rows)
     assert result.preference_accuracy > 0.9 and result.margin > 0.3 and result.loss < 0.9 * np.log(2)
     assert json.loads((trainer.run_folder / "summary.json").read_text())["steps"] == 25
     checkpoints = {f.name for f in (trainer.run_folder / "checkpoints").iterdir()}

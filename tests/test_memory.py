@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,48 @@ def test_parts_are_what_they_are_made_of(tmp_path):
     longer = estimate_memory(sized(tmp_path, mb_spec={"max_tokens_per_mb": 512})[0], folder, "cpu")
     assert longer.activations == 2 * shorter.activations
     assert "activations" in longer.describe() or "base" in longer.describe()
+
+
+def test_other_models_are_counted_as_they_are(tmp_path):
+    """Critic and reference have sizes, adapters (none), micro-batches and places of their own."""
+    config, folder = sized(tmp_path)
+    n = sum(p.numel() for p in create_model(MODEL, seed=0).parameters())
+    alone = estimate_memory(config, folder, "cuda")
+
+    def others(**sections):
+        return estimate_memory(config.new(**sections), folder, "cuda").other_models
+
+    adapters = config.actor.new(lora={"rank": 2}, kl_ctl=0.1)
+    assert others(critic={}) == 16 * n == others(critic={}, actor=adapters)
+    assert others(critic={"offload": True}) == 0 == others(critic={"shared": True})
+    assert others(actor=config.actor.new(kl_ctl=0.1)) == 4 * n
+    assert others(actor=config.actor.new(kl_ctl=0.1, offload=True)) == 4 * n, "ref.offload is another key"
+    assert others(actor=config.actor.new(kl_ctl=0.1), ref={"offload": True}) == 0 == others(actor=adapters)
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    changes = {**MODEL, "hidden_size": 64, "tie_word_embeddings": False}
+    (larger / "config.json").write_text(json.dumps({**changes, "architectures": ["Qwen2ForCausalLM"]}))
+    n_larger = sum(p.numel() for p in create_model(changes, seed=0).parameters())
+    assert others(actor=adapters, ref={"path": str(larger)}) == 4 * n_larger
+    assert others(critic={"path": str(larger)}) == 16 * (n_larger - 64 * 40), "a critic has no logits"
+
+    checkpointing = config.new(actor=config.actor.new(gradient_checkpointing=True), critic={})
+    estimate = estimate_memory(checkpointing, folder, "cuda")
+    assert (estimate.section, estimate.activations) == ("critic", alone.activations)
+    assert "critic.gradient_checkpointing=true" in advice(checkpointing, replace(estimate, base=0.0), 1.05e8, "cuda")
+
+
+def test_frozen_models_have_no_gradients_and_rows_of_any_length_may_fill_a_microbatch(tmp_path):
+    config, folder = sized(tmp_path, {"vocab_size": 4000}, dtype="bfloat16")
+    root, layer = 4000 * 32 + 32, create_model(MODEL, seed=0).model.layers[0]
+    largest = sum(p.numel() for p in layer.parameters())
+    adapters = estimate_memory(config.new(actor=config.actor.new(lora={"rank": 2})), folder, "cuda")
+    whole = estimate_memory(config, folder, "cuda")
+    assert adapters.gathered == 2 * (root + 2 * largest) == whole.gathered - 2 * (root + largest) - 4 * root
+    assert whole.head - adapters.head >= 2 * 2 * 4000 * 32
+    short = config.new(rollout={"consumer_batch_size": 1}, gconfig={"n_samples": 2, "max_new_tokens": 8})
+    assert memory.tokens_per_microbatch(short) < 16384
+    assert memory.tokens_per_microbatch(short.new(dpo={})) == memory.tokens_per_microbatch(short.new(warmup={})) == 16384
 
 
 def test_model_that_cannot_fit_is_refused_with_the_key_to_turn(tmp_path):

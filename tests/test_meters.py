@@ -13,6 +13,7 @@ from areal.metrics import RunTotals, meter_row
 from areal.models.attention import PackedContext
 from areal.models.loading import create_model, forward_hidden
 from areal.trainer.engine import TrainEngine
+from areal.trainer.inputs import to_device
 from areal.trainer.meters import PHASES, ModelFlops, PhaseMeter, _pairs, matmul_peak
 
 torch.set_num_threads(1)
@@ -36,6 +37,19 @@ def test_flops_are_the_formula_written_out():
     forward = 2 * 2 * LAYER * 30 + 2 * 32 * 40 * 11 + attention_flops([20, 17])
     assert flops.forward([20, 17], n_computed=30, n_rows=11) == forward
     assert flops.training([20, 17], n_computed=30, n_rows=11) == 3 * forward
+
+
+def test_attention_of_a_prompt_is_counted_where_it_is_computed():
+    flops = ModelFlops(create_model(MODEL, seed=0))
+    whole = flops.forward([20, 17], n_computed=30, n_rows=11)
+    assert flops.forward([20, 17], 30, 11, copied=[0, 7]) == whole - attention_flops([7])
+    (mb,) = make_batch(capacity=4096).minibatches[0].ranks[0]
+    x = to_device(mb, CPU, 0)
+    bounds = zip(mb.cu_seqlens, mb.cu_seqlens[1:], strict=False)
+    prompts = [int(mb.loss_mask[a:b].argmax()) for a, b in bounds]
+    assert sum(x.shared.copied) == mb.n_tokens - len(x.shared.computed) > 0
+    assert all(copied in (0, n) for copied, n in zip(x.shared.copied, prompts, strict=True))
+    assert flops.of(x, training=False) - flops.of(x, training=False, head=False) == 2 * 32 * 40 * len(x.rows)
 
 
 def test_flops_are_those_that_torch_counts():
@@ -139,8 +153,11 @@ def test_meters_of_a_step(model_folder, tmp_path):
                 for a, b in zip(mb.cu_seqlens, mb.cu_seqlens[1:], strict=False)
             }
             shared = int((~mb.loss_mask).sum()) - sum(len(p) // 8 for p in prompts)
-            computed = mb.n_tokens - (shared if shared >= 0.05 * mb.n_tokens else 0)
-            forward = 4 * LAYER * computed + 2 * 32 * 40 * int(mb.loss_mask.sum()) + attention_flops(lengths)
+            is_shared = shared >= 0.05 * mb.n_tokens
+            computed = mb.n_tokens - (shared if is_shared else 0)
+            of_prompts = [int(mb.loss_mask[a:b].argmax()) for a, b in zip(mb.cu_seqlens, mb.cu_seqlens[1:], strict=False)]
+            again = attention_flops(of_prompts) - attention_flops([len(p) // 8 for p in prompts]) if is_shared else 0
+            forward = 4 * LAYER * computed + 2 * 32 * 40 * int(mb.loss_mask.sum()) + attention_flops(lengths) - again
             expected += forward * (3 if index == 0 else 4)
     assert meters["model_flops"] == expected
 

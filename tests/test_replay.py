@@ -12,7 +12,7 @@ from test_trainer_engine import make_engine, rank_part
 from trainer_setup import make_batch, make_config, save_small_model
 
 from areal.cli import main
-from areal.config import DPOConfig, RefConfig
+from areal.config import CriticConfig, DPOConfig, RefConfig
 from areal.preferences import make_dpo_batch
 from areal.trainer.diagnosis import diagnose
 from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
@@ -141,6 +141,28 @@ def test_finite_step_is_reproduced_with_its_loss_and_proximal_policy(model_folde
     assert told["grad_norms"] == pytest.approx([norm], rel=1e-6)
 
 
+@pytest.mark.parametrize(("actor", "critic"), [({"lora": {"rank": 4}}, None), ({}, {"shared": True})], ids=["adapters", "value head"])
+def test_what_is_trained_beside_the_weights_is_replayed(actor, critic, model_folder, tmp_path, capsys):
+    section = None if critic is None else CriticConfig.model_validate(critic)
+    engine = make_engine(model_folder, tmp_path, cls=lambda *a, **k: TrainEngine(*a, **k, critic=section), **actor)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if "lora_" in name or "value_head" in name:
+                parameter.normal_(std=0.3)
+    minibatch = rank_part(make_batch(capacity=200))[0]
+    stats = StepStats(engine.device)
+    for mb in minibatch.microbatches:
+        mb.values, mb.returns = (np.random.default_rng(i).standard_normal(mb.n_tokens).astype(np.float32) for i in range(2))
+        engine.backward(to_device(mb, engine.device, 0), None, 0.0, minibatch, stats)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.model.parameters() if p.grad is not None]))
+    dump(engine, NonFiniteGradients("", "ppo", [failed_minibatch(minibatch, [None] * len(minibatch.microbatches), 0.0)]), tmp_path / "step")
+    code, told = findings(tmp_path / "step", capsys)
+    assert (code, told["findings"]) == (0, [])
+    assert told["losses"] == pytest.approx([float(stats.minibatch_loss)], rel=1e-6)
+    assert told["grad_norms"] == pytest.approx([norm], rel=1e-6)
+
+
 def test_gradient_that_breaks_behind_finite_outputs(model_folder, tmp_path):
     engine = make_engine(model_folder, tmp_path, cls=TrainEngine, max_nonfinite_steps=0)
     mlp = engine.model.model.layers[1].mlp
@@ -210,6 +232,8 @@ def test_place_that_cannot_be_written_is_told_and_does_not_hide_the_reason(model
 
 
 def test_folder_without_a_dumped_step(tmp_path, capsys):
+    assert main(["replay-batch", str(tmp_path), "--threads", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: --threads=0 is no number of threads")
     assert main(["replay-batch", str(tmp_path)]) == 2
     assert "holds no dumped train step" in capsys.readouterr().err
     (tmp_path / "replay.json").write_text("{}")

@@ -20,6 +20,7 @@ from areal.config_check_trainer import (
     check_offload,
     check_overlong,
     check_peft,
+    check_recipe,
     check_same_vocabulary,
 )
 from areal.inference.placement import rollout_device, shares_gpu, trainer_gpus
@@ -32,6 +33,7 @@ from areal.weight_sync.addresses import is_here
 def check_config(config: GRPOConfig) -> None:
     """Raises ``ConfigError`` for keys that do not fit together."""
     n_data_ranks = config.trainer_layout.data
+    check_recipe(config)
     _check_rollout(config)
     _check_batch(config, n_data_ranks)
     _check_lengths(config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
 from areal.config_check import check_config, check_device_name, check_machine, check_model_dir, check_trainer_gpus
-from areal.config_check_trainer import check_peft
+from areal.config_check_trainer import check_heads, check_offload, check_peft
 
 
 def check_sft_config(config: GRPOConfig) -> None:
@@ -63,6 +64,8 @@ def check_dpo_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
 
 def _check_trainer(config: GRPOConfig) -> None:
     check_device_name("actor.device", config.actor.device)
+    if config.actor.init_from_scratch is not None:
+        check_heads(config, config.actor.init_from_scratch, "actor.init_from_scratch")
     if config.actor.lora is not None and not config.actor.lora.target_modules:
         raise ConfigError("actor.lora.target_modules is empty, so nothing would be trained", "set actor.lora.target_modules=all-linear")
     if config.deterministic and config.actor.threads != 1:
@@ -82,8 +85,11 @@ def _check_prompts(key: str, dataset: DatasetConfig, config: GRPOConfig) -> None
 
 def _check_machine(config: GRPOConfig, key: str, dataset: DatasetConfig, given: Collection[str]) -> None:
     check_trainer_gpus(config)
+    check_offload(config)
     check_peft(config)
     if config.actor.path:
         check_model_dir("actor.path", config.actor.path)
+        model = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        check_heads(config, model, "actor.path")
     if dataset.type == "jsonl" and key not in given and not Path(dataset.path).expanduser().is_file():
         raise ConfigError(f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}")

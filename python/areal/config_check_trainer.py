@@ -159,10 +159,14 @@ def _vocabulary(folder: Path) -> tuple[Any, Any] | None:
     return (model.get("vocab"), [(t["content"], t["id"]) for t in tokenizer.get("added_tokens", ())]) if model else None
 
 
-def check_adapters(config: GRPOConfig) -> None:
-    """Keys of actor.lora, and a recipe that is not for reinforcement learning."""
+def check_recipe(config: GRPOConfig) -> None:
+    """No recipe that is not for reinforcement learning."""
     if config.dpo is not None:
         raise ConfigError("dpo is the recipe of another command", "run `areal dpo CONFIG`, or remove dpo")
+
+
+def check_adapters(config: GRPOConfig) -> None:
+    """Keys of actor.lora."""
     lora = config.actor.lora
     if lora is None:
         return

@@ -16,6 +16,7 @@ from typing import Any
 from areal.config import ConfigError, GRPOConfig
 from areal.config_check_supervised import check_dpo_config, check_dpo_machine
 from areal.data import load_dataset
+from areal.metrics import step_meters
 from areal.preferences import Pair, Preferences, load_preferences, make_dpo_batch
 from areal.supervised import SupervisedTrainer
 from areal.types import Minibatch
@@ -112,6 +113,7 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
             "tokens": result.tokens,
             "tokens_per_s": result.tokens / result.seconds if result.seconds else 0.0,
             "seconds": result.seconds,
+            **step_meters(stats),
         }
 
     def _line(self, result: DPOResult) -> str:

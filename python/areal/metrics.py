@@ -177,6 +177,11 @@ def meter_row(meters: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
+def step_meters(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """``meter_row`` of a step without rollouts: over what the ranks took for it, because batches are made meanwhile."""
+    return meter_row(stats["meters"], sum(stats["meters"]["seconds"].values())) if "meters" in stats else {"mfu": None}
+
+
 def mfu(meters: Mapping[str, Any], seconds: float) -> float:
     """Model FLOPs (``trainer.meters.ModelFlops``) a second over what all devices together do in a large matrix product."""
     return meters["model_flops"] / seconds / meters["peak_flops_per_s"]

@@ -56,6 +56,8 @@ def run_replay(args: argparse.Namespace) -> int:
     from areal.config_check import check_device
 
     check_device("--device", args.device)
+    if args.threads < 1:
+        raise ConfigError(f"--threads={args.threads} is no number of threads", "give 1 or more")
     folder = replay_folder(Path(args.step))
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -69,7 +71,7 @@ def run_replay(args: argparse.Namespace) -> int:
     disable_progress_bar()
     torch.set_num_threads(args.threads)
     on_gpu = args.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu" if args.device == "auto" else args.device)
+    device = torch.device("cuda:0" if on_gpu or args.device == "cuda" else "cpu" if args.device == "auto" else args.device)
     result = _diagnose(step, device)
     if args.json:
         print(json.dumps({"step": str(folder), **asdict(result)}, indent=2))
@@ -84,22 +86,22 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def _diagnose(step: FailedStep, device: torch.device) -> Diagnosis:
     """On one rank in this process."""
+    import torch
     import torch.distributed as dist
 
     from areal.config import TrainerLayout
     from areal.trainer.diagnosis import diagnose
-    from areal.trainer.engine import TrainEngine
+    from areal.trainer.failed_step import engine_of
     from areal.trainer.mesh import RankMesh
 
-    # Adapters are merged into the weights, and nothing else of the configuration changes loss and gradients.
-    actor = step.actor.model_copy(update={"backend": "fsdp:d1", "lora": None, "offload": False})
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory(prefix="areal-") as scratch:
-        if actor.dtype != "float32":
+        if step.actor.dtype != "float32":
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
         try:
-            engine = TrainEngine(step.weights, actor, temperature=step.temperature, mesh=RankMesh(device, 0, TrainerLayout(1)))
-            return diagnose(engine, step)
+            return diagnose(engine_of(step, RankMesh(device, 0, TrainerLayout(1))), step)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

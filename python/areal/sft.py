@@ -18,7 +18,7 @@ from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
 from areal.config_check_supervised import check_sft_config, check_sft_machine
 from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
-from areal.metrics import mfu
+from areal.metrics import step_meters
 from areal.supervised import SupervisedTrainer
 from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
@@ -198,7 +198,7 @@ class SupervisedRun:
             "tokens_per_s": result.tokens / result.seconds if result.seconds else 0.0,
             "seconds": result.seconds,
             "skipped_nonfinite": stats.get("skipped_nonfinite"),
-            "mfu": None if (meters := stats.get("meters")) is None else mfu(meters, sum(meters["seconds"].values())),
+            **step_meters(stats),
         }
 
 

@@ -142,6 +142,12 @@ class Adapters:
             _own_rows(pair.down).copy_(_own_rows(pair.down, of=whole))
             _own_rows(pair.up).zero_()
 
+    @torch.no_grad()
+    def load(self, factors: Mapping[str, Tensor]) -> None:
+        """Takes whole factors, by the names of peft's files."""
+        for name, parameter in self.parameters.items():
+            _own_rows(parameter).copy_(_own_rows(parameter, of=factors[name]))
+
     def added_to(self, name: str, weight: Tensor, *, whole: bool = False) -> Tensor:
         """``weight``, the rows of the weight ``name`` that this rank holds, or all of it, with the product added if it has an adapter.
 

@@ -6,6 +6,7 @@ shared token is the sum over these. Exact, and a third of the work for short ans
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ class SharedTokens:
     """int64 [U], ascending: the packed tokens that are computed."""
     token_of: Tensor
     """int64 [T]: which computed token stands for a packed one."""
+    copied: tuple[int, ...]
+    """Of each sequence, how many tokens at its begin another one computes."""
 
 
 def find_shared_prompts(
@@ -37,8 +40,9 @@ def find_shared_prompts(
         if n:
             owner = owners.setdefault(input_ids[begin : begin + n].tobytes(), begin)
             stands_for[begin : begin + n] = np.arange(owner, owner + n)
+    copied = [int((stands_for[begin:end] != np.arange(begin, end)).sum()) for begin, end in itertools.pairwise(cu_seqlens.tolist())]
     is_computed = stands_for == np.arange(len(stands_for))
     if len(is_computed) - is_computed.sum() < _LEAST_SAVING * len(is_computed):
         return None
     token_of = (np.cumsum(is_computed) - 1)[stands_for]
-    return SharedTokens(torch.from_numpy(np.flatnonzero(is_computed)).to(device), torch.from_numpy(token_of).to(device))
+    return SharedTokens(torch.from_numpy(np.flatnonzero(is_computed)).to(device), torch.from_numpy(token_of).to(device), tuple(copied))

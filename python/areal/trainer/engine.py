@@ -94,11 +94,13 @@ class TrainEngine:
         )
         self.critic: Critic | None = None
         if critic is not None and not critic.shared:
-            self.critic = Critic(critic.path or model_dir, critic, self.mesh, dtype)
+            self.critic = Critic(Path(critic.path).expanduser() if critic.path else model_dir, critic, self.mesh, dtype)
         self.reference: RankModel | None = None
         self._base_is_reference = ref is not None and not ref.path and config.lora is not None and not warms_up
         if ref is not None and not self._base_is_reference:
-            self.reference = RankModel(ref.path or model_dir, self.mesh, dtype, offload=ref.offload, frozen=True)
+            self.reference = RankModel(
+                Path(ref.path).expanduser() if ref.path else model_dir, self.mesh, dtype, offload=ref.offload, frozen=True
+            )
         self._keeps_ref = ref is not None and not ref.path and warms_up
         self._made_from_actor = [
             model
@@ -155,8 +157,10 @@ class TrainEngine:
         begin = time.time()
         stats = self._opened = StepStats(self.device, counts=self.mesh.counts)  # the train step's: what is done here belongs to it
 
-        def of_each(model: RankModel, compute: Callable[[list[Inputs]], list[Tensor]], cut: Sequence[Sequence[Microbatch]]) -> list[Any]:
-            return score_each(cut, self._put, model, compute, stats)
+        def of_each(
+            model: RankModel, compute: Callable[[list[Inputs]], list[Tensor]], cut: Sequence[Sequence[Microbatch]], head: bool = True
+        ) -> list[Any]:
+            return score_each(cut, self._put, model, compute, stats, head=head)
 
         result: dict[str, Any] = {}
         if self.reference is not None or self._base_is_reference:
@@ -165,7 +169,7 @@ class TrainEngine:
         if self.critic is not None:
             result["values"] = of_each(self.critic.model, self.critic.model.frozen_values, critic)
         elif self.shared_critic is not None:
-            result["values"] = of_each(self.actor, self.actor.frozen_values, minibatches)
+            result["values"] = of_each(self.actor, self.actor.frozen_values, minibatches, head=False)
         if logprobs:
             result["logprobs"] = of_each(self.actor, partial(self.actor.frozen_logprobs, temperature=self._temperature), minibatches)
         return {**result, "spans": [["scoring", begin, time.time()]]}
@@ -269,7 +273,7 @@ class TrainEngine:
         inputs = [self._put(microbatch) for microbatch in minibatch.microbatches]
         with stats.phase("recompute"):
             references = self._reference_logprobs(inputs, temperature=1.0)
-        stats.add_flops(sum(self.actor.flops_of(x, training=False) for x in inputs))
+        stats.add_flops(sum((self.reference or self.actor).flops_of(x, training=False) for x in inputs))
         recomputed = time.time()
         stats.span("recompute", begin, recomputed)
         self._failed.clear()
@@ -349,13 +353,13 @@ class TrainEngine:
         self.gatherer = WeightGatherer(self.actor.adapters.parameters, torch.float32, rank, world_size, device=self.device)
         return AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), f"{base:016x}")
 
-    def weights(self) -> dict[str, Tensor] | None:
-        """All weights, whole, tied ones once, adapters added, in the dtype of the config; a collective, None on ranks other than 0.
+    def weights(self, *, merged: bool = True) -> dict[str, Tensor] | None:
+        """All weights, whole, tied ones once, in the dtype of the config; a collective, None on ranks other than 0. ``merged``: adapters added.
 
         The tensors may share memory with the parameters: read them before the next step.
         """
         result = {}
-        for name, tensor in self.actor.weights():
+        for name, tensor in self.actor.weights(merged=merged):
             if self.mesh.rank == 0:
                 result[name] = tensor.to(self.actor.dtype)
         return result if self.mesh.rank == 0 else None
@@ -370,10 +374,10 @@ class TrainEngine:
         factors = {name: w.to("cpu", torch.float32, copy=True) for name, w in whole.items()}
         return SavedAdapter(factors, AdapterInfo(self.actor.adapters.describe(str(self.model_dir.absolute())), ""))
 
-    def snapshot(self) -> dict[str, Tensor] | None:
+    def snapshot(self, *, merged: bool = True) -> dict[str, Tensor] | None:
         """Copies on the CPU of all that a checkpoint holds: ``weights``, and buffers that are not trained; a collective, None on ranks other
         than 0."""
-        weights = self.weights()
+        weights = self.weights(merged=merged)
         if weights is None:
             return None
         return {name: w.detach().to("cpu", copy=True) for name, w in (weights | persistent_buffers(self.model)).items()}

@@ -2,8 +2,9 @@
 
 folder/
     replay.json      the actor's configuration, temperature, policy version, and the mini-batches with their denominators
-    batch.npz        the micro-batches of all ranks: MINIBATCH.RANK.TURN.FIELD
-    weights/         a Hugging Face checkpoint. A step that is not finite is skipped, so these are the weights that it was computed with
+    batch.npz        the micro-batches of all ranks: MINIBATCH.RANK.TURN.FIELD; a value head on the actor's layers
+    weights/         a Hugging Face checkpoint, and in weights/adapter what adapters were trained on it. A step that is not finite is
+                     skipped, so these are the weights that it was computed with
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
-from areal.config import ActorConfig, DPOConfig
-from areal.trainer.checkpoint import write_checkpoint
+from areal.config import ActorConfig, CriticConfig, DPOConfig
+from areal.trainer.checkpoint import ADAPTER_FOLDER, write_checkpoint
+from areal.trainer.mesh import RankMesh
+from areal.trainer.sharding import full_tensor, local_part
 from areal.types import Microbatch
+from areal.weight_sync.adapter import WEIGHTS
 
 if TYPE_CHECKING:
     from areal.trainer.engine import RankMinibatch, TrainEngine
 
 _KNOWN = "known"
+_VALUE_HEAD = "value_head"
 
 
 @dataclass
@@ -68,19 +75,27 @@ class FailedStep:
     minibatches: list[FailedMinibatch]
     preferences: DPOConfig | None = None
     weights: Path = field(default_factory=Path)
+    critic: CriticConfig | None = None
+    """One on the actor's layers, whose loss is a part of the step."""
+    value_head: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Its parameters."""
 
 
 def dump(engine: TrainEngine, error: NonFiniteGradients, folder: Path) -> str:
     """Writes ``folder``, whole or not at all; a collective. Returns what to tell about it, on all ranks; a full disk is told there too."""
-    weights = engine.snapshot()
+    weights, adapter = engine.snapshot(merged=False), engine.adapter_snapshot()
+    value_head = {}
+    if engine.shared_critic is not None:
+        value_head = {name: full_tensor(p).float().cpu().numpy() for name, p in engine.model.value_head.named_parameters()}
     gathered = _gather(engine, error.minibatches)
     text = ""
     if gathered is not None and weights is not None:
         step = FailedStep(engine.config, engine.temperature, engine.version, error.kind, gathered, error.preferences)
+        step.critic, step.value_head = engine.shared_critic, value_head
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            write_checkpoint(partial / "weights", engine.template, weights, engine.model_dir)
+            write_checkpoint(partial / "weights", engine.template, weights, engine.model_dir, adapter)
             _write(step, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -108,7 +123,7 @@ def _gather(engine: TrainEngine, own: list[FailedMinibatch]) -> list[FailedMinib
 
 
 def _write(step: FailedStep, folder: Path) -> None:
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = {f"{_VALUE_HEAD}.{name}": parameter for name, parameter in step.value_head.items()}
     for m, minibatch in enumerate(step.minibatches):
         for r, (microbatches, of_each) in enumerate(zip(minibatch.ranks, minibatch.known, strict=True)):
             for t, (microbatch, known) in enumerate(zip(microbatches, of_each, strict=True)):
@@ -121,6 +136,7 @@ def _write(step: FailedStep, folder: Path) -> None:
         "temperature": step.temperature,
         "actor": step.actor.model_dump(mode="json"),
         "preferences": None if step.preferences is None else step.preferences.model_dump(mode="json"),
+        "critic": None if step.critic is None else step.critic.model_dump(mode="json"),
         "minibatches": [
             {
                 "denominator": m.denominator,
@@ -144,10 +160,27 @@ def load(folder: Path) -> FailedStep:
             ranks = [[_read(arrays, f"{m}.{r}.{t}.") for t in range(n)] for r, n in enumerate(turns)]
             known = [[arrays.get(f"{m}.{r}.{t}.{_KNOWN}") for t in range(n)] for r, n in enumerate(turns)]
             minibatches.append(FailedMinibatch(about["denominator"], about["policy_denominator"], about["progress"], ranks, known))
+        head = {name.removeprefix(f"{_VALUE_HEAD}."): arrays[name] for name in arrays if name.startswith(_VALUE_HEAD)}
     # Where the model came from is of no interest any more: it is loaded from the folder.
     actor = ActorConfig.model_validate({**facts["actor"], "path": str(folder / "weights"), "init_from_scratch": None})
     preferences = None if facts["preferences"] is None else DPOConfig.model_validate(facts["preferences"])
-    return FailedStep(actor, facts["temperature"], facts["version"], facts["kind"], minibatches, preferences, folder / "weights")
+    critic = None if facts["critic"] is None else CriticConfig.model_validate(facts["critic"])
+    weights = folder / "weights"
+    return FailedStep(actor, facts["temperature"], facts["version"], facts["kind"], minibatches, preferences, weights, critic, head)
+
+
+def engine_of(step: FailedStep, mesh: RankMesh) -> TrainEngine:
+    """With the weights that the step was computed with, on one rank."""
+    from areal.trainer.engine import TrainEngine
+
+    actor = step.actor.model_copy(update={"backend": "fsdp:d1", "offload": False})  # neither changes loss or gradients
+    engine = TrainEngine(step.weights, actor, temperature=step.temperature, mesh=mesh, critic=step.critic)
+    if engine.actor.adapters is not None:
+        engine.actor.adapters.load(load_file(step.weights / ADAPTER_FOLDER / WEIGHTS))
+    with torch.no_grad():
+        for name, values in step.value_head.items():
+            local_part(engine.model.value_head.get_parameter(name)).copy_(torch.from_numpy(values))
+    return engine
 
 
 def _read(arrays: Any, prefix: str) -> Microbatch:

@@ -141,7 +141,7 @@ class ModelFlops:
 
         2 * N * U  +  2 * hidden * vocabulary * R  +  sum over layers and sequences of 2 * heads * (d_qk + d_v) * sum_t min(t, window)
 
-    N: entries of the matrices of all layers, of experts those that a token uses. Backward: the same for the gradients of the inputs, and
+    where t is the place of a computed token in its sequence, from 1.     N: entries of the matrices of all layers, of experts those that a token uses. Backward: the same for the gradients of the inputs, and
     the first two terms, of weights that are trained, for those of the weights: 3 times forward for a whole model. Activations that
     gradient checkpointing computes again are not counted, norms, softmax and the optimizer neither.
     """
@@ -160,21 +160,26 @@ class ModelFlops:
         self._head_trained = self._head if head is not None and head.requires_grad else 0.0
         self._attention = _attention_of(config)
 
-    def forward(self, lengths: Sequence[int], n_computed: int, n_rows: int) -> float:
-        return 2.0 * (self._weights * n_computed + self._head * n_rows) + self._scores(lengths)
+    def forward(self, lengths: Sequence[int], n_computed: int, n_rows: int, copied: Sequence[int] = ()) -> float:
+        """``copied``: of each sequence the first tokens that are computed in another one, if any are."""
+        return 2.0 * (self._weights * n_computed + self._head * n_rows) + self._scores(lengths, copied)
 
-    def training(self, lengths: Sequence[int], n_computed: int, n_rows: int) -> float:
+    def training(self, lengths: Sequence[int], n_computed: int, n_rows: int, copied: Sequence[int] = ()) -> float:
         """Forward and backward."""
         of_weights = 2.0 * (self._trained * n_computed + self._head_trained * n_rows)
         # Backward has 4 products for the 2 of attention: the gradients of q, k, v and of the weights.
-        return 2.0 * self.forward(lengths, n_computed, n_rows) + of_weights + self._scores(lengths)
+        return 2.0 * self.forward(lengths, n_computed, n_rows, copied) + of_weights + self._scores(lengths, copied)
 
-    def of(self, x: Inputs, *, training: bool) -> float:
-        count = self.training if training else self.forward
-        return count(x.lengths, len(x.input_ids) if x.shared is None else len(x.shared.computed), len(x.rows))
+    def of(self, x: Inputs, *, training: bool, head: bool = True) -> float:
+        """``head``: whether log-probs are computed."""
+        count, n_rows = self.training if training else self.forward, len(x.rows) if head else 0
+        if x.shared is None:
+            return count(x.lengths, len(x.input_ids), n_rows)
+        return count(x.lengths, len(x.shared.computed), n_rows, x.shared.copied)
 
-    def _scores(self, lengths: Sequence[int]) -> float:
-        pairs = {window: float(sum(_pairs(n, window) for n in lengths)) for window in {a.window for a in self._attention}}
+    def _scores(self, lengths: Sequence[int], copied: Sequence[int]) -> float:
+        windows = {a.window for a in self._attention}
+        pairs = {w: float(sum(_pairs(n, w) for n in lengths) - sum(_pairs(n, w) for n in copied)) for w in windows}
         return sum(2.0 * a.width * pairs[a.window] for a in self._attention)
 
 

@@ -81,9 +81,9 @@ class RankModel:
         self._optimizer: PolicyOptimizer | None = None
         self._flops = ModelFlops(self.model)
 
-    def flops_of(self, x: Inputs, *, training: bool) -> float:
-        """This rank's share of the model FLOPs of a micro-batch, forward or with backward."""
-        return self._flops.of(x, training=training) / self.mesh.layout.context
+    def flops_of(self, x: Inputs, *, training: bool, head: bool = True) -> float:
+        """This rank's share of the model FLOPs of a micro-batch, forward or with backward; ``head``: whether log-probs are computed."""
+        return self._flops.of(x, training=training, head=head) / self.mesh.layout.context
 
     def _checkpoint_layers(self) -> None:
         enable = (
@@ -127,14 +127,14 @@ class RankModel:
         with self.adapters.off():
             yield
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight of the policy, whole, by its name in a model without adapters, whose products are added; a collective.
+    def weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of the policy, whole, by its name in a model without adapters, whose products are added if ``merged``; a collective.
 
         A tensor may share memory with its parameter.
         """
         for name, parameter in base_parameters(self.model).items():
             weight = full_tensor(parameter)
-            yield name, weight if self.adapters is None else self.adapters.added_to(name, weight, whole=True)
+            yield name, weight if self.adapters is None or not merged else self.adapters.added_to(name, weight, whole=True)
 
     def values(self, x: Inputs) -> Tensor:
         """What the states before the loss tokens are worth, float32 [T], 0 elsewhere."""
