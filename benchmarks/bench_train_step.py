@@ -4,17 +4,20 @@
                against the same sequences padded to the longest
     overhead   the demo's training run: the share of a train step that is not forward, backward or optimizer
     memory     peak of a step, each in a process of its own: areal's head, and the same trainer with all logits in memory
-    rival      MFU of areal's step and of a plain Hugging Face loop on the padded batch: same model, same optimizer, same sequences
+    rival      MFU of areal's step and of Hugging Face Trainer's (with accelerate) on the same sequences: one by one, and as one padded batch
 
-On a GPU (--device cuda) the model of packing and rival has the shapes of Qwen2 1.5B in bfloat16, and the head a vocabulary of 151,936.
+On a GPU (--device cuda) the model of packing and rival has the shapes of Qwen2 1.5B in bfloat16, 16,384 tokens a micro-batch, and the head a
+vocabulary of 151,936. What was measured is written after each part.
 
-    python -m benchmarks train_step [-- --parts packing,overhead,memory,rival --quick]
+    python -m benchmarks train_step [-- --parts rival,memory,packing,overhead --quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from areal.algo.policy_loss import PPOInputs, policy_loss
 from areal.config import GRPOConfig
@@ -43,10 +45,10 @@ from areal.trainer.mesh import RankMesh
 from areal.trainer.meters import matmul_peak
 from areal.types import Microbatch, Trajectory
 from benchmarks.bench_async_vs_sync import SKIPPED_STEPS, areal_train
-from benchmarks.measure import interleaved, report, summary
+from benchmarks.measure import interleaved, print_table, summary, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("packing", "overhead", "memory", "rival")
+PARTS = ("rival", "memory", "packing", "overhead")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 QWEN2_1_5B = {
     "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -67,6 +69,14 @@ def lognormal_lengths(n_tokens: int, longest: int, seed: int = 0) -> list[int]:
     return lengths
 
 
+def uniform_lengths(n_tokens: int, shortest: int, longest: int) -> list[int]:
+    """Lengths between both, the last one shorter, that sum to ``n_tokens``."""
+    rng, lengths = np.random.default_rng(0), list[int]()
+    while (rest := n_tokens - sum(lengths)) > 0:
+        lengths.append(min(rest, int(rng.integers(shortest, longest + 1))))
+    return lengths
+
+
 def even_lengths(lengths: Sequence[int]) -> list[int]:
     """Of equal length (to one token), with the same sum and about the same sum of squares, hence FLOPs of attention."""
     total = sum(lengths)
@@ -74,21 +84,27 @@ def even_lengths(lengths: Sequence[int]) -> list[int]:
     return [total // n + (i < total % n) for i in range(n)]
 
 
-def sequences(lengths: Sequence[int], vocabulary: int, padded_to: int = 0) -> list[Trajectory]:
-    """The loss is on the last three quarters of each; padding has none."""
+def sequences(lengths: Sequence[int], vocabulary: int, padded_to: int = 0, prompt: float = 0.25) -> list[Trajectory]:
+    """All tokens but the first share ``prompt`` of each sequence are loss tokens; padding has none."""
     rng = np.random.default_rng(1)
     result = []
     for n in lengths:
         place, size = np.arange(max(n, padded_to)), max(n, padded_to)
-        mask = (place >= max(1, n // 4)) & (place < n)
+        mask = (place >= max(1, int(n * prompt))) & (place < n)
         logprobs = np.where(mask, -np.log(vocabulary), 0).astype(np.float32)
         result.append(Trajectory(rng.integers(2, vocabulary, size), mask, logprobs, np.where(mask, 0, -1).astype(np.int32), 1.0))
     return result
 
 
-def as_minibatch(samples: list[Trajectory]) -> RankMinibatch:
-    microbatch: Microbatch = pack(samples, [np.where(t.loss_mask, 0.5, 0.0).astype(np.float32) for t in samples])
-    return RankMinibatch([microbatch], float(microbatch.loss_mask.sum()))
+def as_minibatch(samples: list[Trajectory], most_tokens: int = sys.maxsize) -> RankMinibatch:
+    """Micro-batches of up to ``most_tokens``, the samples in their order."""
+    parts: list[list[Trajectory]] = [[]]
+    for t in samples:
+        if parts[-1] and sum(map(len, parts[-1])) + len(t) > most_tokens:
+            parts.append([])
+        parts[-1].append(t)
+    packed: list[Microbatch] = [pack(part, [np.where(t.loss_mask, 0.5, 0.0).astype(np.float32) for t in part]) for part in parts]
+    return RankMinibatch(packed, float(sum(mb.loss_mask.sum() for mb in packed)))
 
 
 @contextmanager
@@ -96,7 +112,8 @@ def engine_of(model: dict[str, Any], device: str, folder: Path, **actor: Any) ->
     """An engine on one rank in this process, with random weights."""
     path = folder / "model"
     if not path.exists():
-        create_model(model, seed=0, dtype=torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(path)
+        with torch.device(device):  # drawn there: on a CPU core it takes most of a minute
+            create_model(model, seed=0, dtype=torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(path)
     keys = {"path": str(path), "device": device, "dtype": "bfloat16" if device == "cuda" else "float32", **actor}
     config = GRPOConfig.model_validate({"actor": keys, "train_dataset": {"type": "arithmetic"}})
     if device == "cuda":
@@ -106,6 +123,13 @@ def engine_of(model: dict[str, Any], device: str, folder: Path, **actor: Any) ->
     finally:
         if device == "cuda":
             torch.distributed.destroy_process_group()
+            (folder / "store").unlink(missing_ok=True)
+
+
+def free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
@@ -120,22 +144,17 @@ def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
 # -- packing ------------------------------------------------------------------------------------------------------------------------
 
 
-def bench_packing(device: str, quick: bool) -> list[dict[str, Any]]:
+def bench_packing(device: str, quick: bool, scratch: Path) -> list[dict[str, Any]]:
     model = QWEN2_1_5B if device == "cuda" else SMALL
     n_tokens, longest = (16384, 8192) if device == "cuda" else (2048, 1024) if quick else (8192, 4096)
     lengths = lognormal_lengths(n_tokens, longest)
     even = even_lengths(lengths)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        engine_of(model, device, Path(scratch), gradient_checkpointing=device == "cuda") as engine,
-    ):
+    with engine_of(model, device, scratch, gradient_checkpointing=device == "cuda") as engine:
         batches = {
             "packed": as_minibatch(sequences(lengths, model["vocab_size"])),
             "even": as_minibatch(sequences(even, model["vocab_size"])),
-            "padded": as_minibatch(sequences(lengths, model["vocab_size"], max(lengths))),
+            "padded": as_minibatch(sequences(lengths, model["vocab_size"], max(lengths)), n_tokens),
         }
-        if device == "cuda":
-            del batches["padded"]  # several times the tokens need not fit; the part "rival" has a padded batch
         calls = {name: finished(lambda batch=batch: engine.train_step([batch]), device) for name, batch in batches.items()}
         seconds = interleaved(calls, rounds=3 if quick else 9, warmup=1)
         flops = {name: _flops(engine, batch) for name, batch in batches.items()}
@@ -145,8 +164,8 @@ def bench_packing(device: str, quick: bool) -> list[dict[str, Any]]:
         {
             "part": "packing",
             "what": name,
-            "sequences": len(batch.microbatches[0].cu_seqlens) - 1,
-            "tokens": batch.microbatches[0].n_tokens,
+            "sequences": sum(len(mb.cu_seqlens) - 1 for mb in batch.microbatches),
+            "tokens": sum(mb.n_tokens for mb in batch.microbatches),
             "model_tflops": flops[name] / 1e12,
             "seconds": summary(seconds[name])["median"],
             "spread": summary(seconds[name])["spread"],
@@ -163,12 +182,11 @@ def _flops(engine: TrainEngine, batch: RankMinibatch) -> float:
 # -- overhead -----------------------------------------------------------------------------------------------------------------------
 
 
-def bench_overhead(device: str, quick: bool) -> list[dict[str, Any]]:
+def bench_overhead(device: str, quick: bool, scratch: Path) -> list[dict[str, Any]]:
     """The demo from random weights; ``other`` is all that is not in a phase: packing, the way to the rank and back, inputs, statistics."""
     words = ["warmup=null", f"total_train_steps={10 if quick else 40}", "evaluator.n_prompts=0"]
-    with tempfile.TemporaryDirectory() as scratch:
-        run = areal_train("examples/arithmetic.yaml", [*words, f"actor.device={device}"], Path(scratch), 1800)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED_STEPS:]
+    run = areal_train("examples/arithmetic.yaml", [*words, f"actor.device={device}"], scratch, 1800)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED_STEPS:]
     phases = ("recompute", "forward", "backward", "optimizer", "other")
     totals = [sum(row[f"{phase}_seconds"] for phase in phases) for row in rows]
     table = []
@@ -221,12 +239,12 @@ def measure_memory(head: str, device: str, n_tokens: int, vocabulary: int) -> di
     with tempfile.TemporaryDirectory() as scratch, engine_of(model, device, Path(scratch)) as engine:
         if head == "whole_logits":
             engine.model.packed_ppo_loss = whole_logits_loss.__get__(engine.model)
-        batch = as_minibatch(sequences([512] * (n_tokens // 512), vocabulary))
+        batch = as_minibatch(sequences([512] * (n_tokens // 512), vocabulary, prompt=0.0))
         peaks = [engine.train_step([batch])["meters"]["peak_mb"] for _ in range(2)][-1]
     return {"peak_mb": max(value or 0.0 for value in peaks.values())}
 
 
-def bench_memory(device: str, quick: bool) -> list[dict[str, Any]]:
+def bench_memory(device: str, quick: bool, scratch: Path) -> list[dict[str, Any]]:
     n_tokens, vocabulary = (16384, 151936) if device == "cuda" else (1024 if quick else 4096, 32768)
     table = []
     for head in ("areal", "whole_logits"):
@@ -255,61 +273,51 @@ def bench_memory(device: str, quick: bool) -> list[dict[str, Any]]:
 # -- rival --------------------------------------------------------------------------------------------------------------------------
 
 
-def hugging_face_step(folder: Path, device: str, samples: list[Trajectory]) -> Callable[[], object]:
-    """Forward, loss of the answers, backward and AdamW as a Hugging Face user writes them: the batch padded to its longest sequence.
-
-    Parameters in the dtype of areal's products. Sequences are as long as in the packed batch and of about equal length, so that there is
-    as little padding as this way of training can have.
-    """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True).to(device).train()
-    model.config.use_cache = False
-    if device == "cuda":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    longest = max(len(t) for t in samples)
-    ids, labels, seen = (torch.full((len(samples), longest), fill, dtype=torch.int64) for fill in (0, -100, 0))
-    for row, t in enumerate(samples):
-        ids[row, : len(t)], seen[row, : len(t)] = torch.from_numpy(t.input_ids), 1
-        labels[row, : len(t)] = torch.where(torch.from_numpy(t.loss_mask), torch.from_numpy(t.input_ids), -100)
-    ids, labels, seen = (x.to(device) for x in (ids, labels, seen))
-
-    def step() -> None:
-        model(input_ids=ids, attention_mask=seen, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def bench_rival(device: str, quick: bool) -> list[dict[str, Any]]:
+def bench_rival(device: str, quick: bool, scratch: Path) -> list[dict[str, Any]]:
     model = QWEN2_1_5B if device == "cuda" else SMALL
     n_tokens, shortest, longest = (16384, 2048, 8192) if device == "cuda" else (1024 if quick else 4096, 128, 512)
-    rng, lengths = np.random.default_rng(0), list[int]()
-    while (rest := n_tokens - sum(lengths)) > 0:
-        lengths.append(min(rest, int(rng.integers(shortest, longest + 1))))
-    samples = sequences(lengths, model["vocab_size"])
-    batch = as_minibatch(samples)
-    table = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in ("areal", "hugging_face"):  # one after the other: both do not fit
-            with engine_of(model, device, Path(scratch), gradient_checkpointing=device == "cuda") as engine:
-                peak, flops = matmul_peak(engine.device, engine.actor.dtype), _flops(engine, batch)
-                step: Callable[[], object] = lambda: engine.train_step([batch])  # noqa: B023, E731
-                if name == "hugging_face":
-                    del engine
-                    step = hugging_face_step(Path(scratch) / "model", device, samples)
-                seconds = interleaved({name: finished(step, device)}, rounds=3 if quick else 9, warmup=2)[name]
-            median = summary(seconds)["median"]
-            row = {"tokens": n_tokens, "seconds": median, "spread": summary(seconds)["spread"], "mfu": flops / median / peak}
-            table.append({"part": "rival", "what": name, **row, "tokens_per_s": n_tokens / median, "matmul_tflops": peak / 1e12})
-            (Path(scratch) / "store").unlink(missing_ok=True)
-            step, engine = None, None  # type: ignore[assignment]
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    print(f"rival: MFU {table[0]['mfu']:.1%} against {table[1]['mfu']:.1%} (wanted on a GPU: at least 45%)", file=sys.stderr)
+    samples = sequences(uniform_lengths(n_tokens, shortest, longest), model["vocab_size"])
+    rounds = 3 if quick else 9
+    seconds, flops, peak = _areal_seconds(scratch, device, model, as_minibatch(samples), rounds)
+    table = [_utilisation("areal", seconds, n_tokens, flops, peak)]
+    for name, at_once in (("hf_trainer", 1), ("hf_trainer_padded", len(samples))):
+        free_memory(device)  # one after the other: all do not fit
+        try:
+            table.append(_utilisation(name, _trainer_seconds(scratch, device, samples, at_once, rounds), n_tokens, flops, peak))
+        except (ImportError, torch.OutOfMemoryError) as error:
+            table.append({"part": "rival", "what": name, "not_run": str(error).partition("\n")[0].partition(". ")[0]})
+    rivals = [f"{row['mfu']:.1%} ({row['what']})" if "mfu" in row else f"{row['what']} not run" for row in table[1:]]
+    print(f"rival: MFU {table[0]['mfu']:.1%} against {', '.join(rivals)} (wanted on a GPU: at least 45%)", file=sys.stderr)
     return table
+
+
+def _areal_seconds(
+    scratch: Path, device: str, model: dict[str, Any], batch: RankMinibatch, rounds: int
+) -> tuple[list[float], float, float]:
+    """Also the model FLOPs of a step, and FLOP/s of a matrix product."""
+    with engine_of(model, device, scratch, gradient_checkpointing=device == "cuda") as engine:
+        call = finished(lambda: engine.train_step([batch]), device)
+        peak, flops = matmul_peak(engine.device, engine.actor.dtype), _flops(engine, batch)
+        return interleaved({"areal": call}, rounds=rounds, warmup=2)["areal"], flops, peak
+
+
+def _trainer_seconds(scratch: Path, device: str, samples: list[Trajectory], at_once: int, rounds: int) -> list[float]:
+    from benchmarks.train_rival import trainer_seconds
+
+    return trainer_seconds(scratch, device, samples, at_once, rounds, warmup=2)
+
+
+def _utilisation(name: str, seconds: list[float], n_tokens: int, flops: float, peak: float) -> dict[str, Any]:
+    """The same model FLOPs for all: what padding, recomputation and logits of prompts cost is not counted as work."""
+    of = summary(seconds)
+    row = {
+        "tokens": n_tokens,
+        "model_tflops": flops / 1e12,
+        "seconds": of["median"],
+        "spread": of["spread"],
+        "mfu": flops / of["median"] / peak,
+    }
+    return {"part": "rival", "what": name, **row, "tokens_per_s": n_tokens / of["median"], "matmul_tflops": peak / 1e12}
 
 
 # -- all ----------------------------------------------------------------------------------------------------------------------------
@@ -328,18 +336,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure_memory:
         print(json.dumps(measure_memory(args.measure_memory, args.device, args.tokens, args.vocabulary)))
         return
+    if args.device == "cuda":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would cut its batches over all of them
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no CUDA device")
     torch.set_num_threads(args.threads)
     parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"there is no part '{unknown[0]}'; there are {', '.join(PARTS)}")
     run = {"packing": bench_packing, "overhead": bench_overhead, "memory": bench_memory, "rival": bench_rival}
-    begin, rows = time.perf_counter(), []
-    for part in parts:
-        rows += run[part](args.device, args.quick)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [{key: row.get(key, "") for key in columns} for row in rows]
-    facts = {"device": args.device, "threads": args.threads, "quick": args.quick, "seconds": time.perf_counter() - begin}
-    report("train_step" if args.device == "cpu" else "train_step_cuda", table, **facts)
+    begin, rows, table = time.perf_counter(), list[dict[str, Any]](), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in parts:
+            free_memory(args.device)
+            rows += run[part](args.device, args.quick, Path(scratch))
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            table = [{key: row.get(key, "") for key in columns} for row in rows]
+            facts = {"device": args.device, "threads": args.threads, "quick": args.quick, "seconds": time.perf_counter() - begin}
+            write_results("train_step" if args.device == "cpu" else "train_step_cuda", table, **facts)
+    print_table(table)
 
 
 if __name__ == "__main__":

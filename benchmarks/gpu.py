@@ -1,8 +1,8 @@
-"""`make bench-gpu`: build, GPU tests and all op benchmarks on a GPU, in one go and within a time budget.
+"""`make bench-gpu`: build, GPU tests, the train step and all op benchmarks on a GPU, in one go and within a time budget.
 
 Nothing is downloaded: the package is installed with --no-deps and --no-build-isolation into the Python that runs this. Each op runs in a
 process of its own, since an error on the device leaves no CUDA context to go on with. Results, as far as they came, are in
-benchmarks/results/ops_gpu.{json,md,png}; the exit status is 1 if the build, a test or a check failed.
+benchmarks/results/ops_gpu.{json,md,png} and train_step_cuda.json; the exit status is 1 if the build, a test or a check failed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from benchmarks.op_report import markdown, write_json, write_plot
 
 ROOT = Path(__file__).parent.parent
 TESTS_SHARE = 0.45  # of what the build left
+TRAIN_SHARE = 0.5  # of what the tests left
+TRAIN_NEEDS = ("transformers", "pydantic", "safetensors", "aiohttp")
 TEST_PROCESSES = 4  # the largest test holds some 10 GiB of the device
 GRACE = 20.0  # seconds that a case begun in time may go on
 
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer timings")
     parser.add_argument("--no-build", action="store_true", help="take areal as it is installed")
     parser.add_argument("--no-tests", action="store_true", help="leave pytest -m gpu out")
+    parser.add_argument("--no-train", action="store_true", help="leave the train step out")
     parser.add_argument("--cuda", default="AUTO", choices=("AUTO", "ON", "OFF"), help="AREAL_CUDA of the build")
     arguments = parser.parse_args(argv)
     if reason := no_gpu():
@@ -50,6 +53,8 @@ def main(argv: list[str]) -> int:
         return 1
     if not arguments.no_tests and not run_tests(facts, TESTS_SHARE * (deadline - time.monotonic())):
         failures.append("pytest -m gpu")
+    if not arguments.no_train and not arguments.op and not run_train_step(facts, TRAIN_SHARE * (deadline - time.monotonic())):
+        failures.append("train_step")
     rows, failed = run_benchmarks(arguments.op or op_names(), deadline, arguments.quick)
     write_results(rows, facts)
     failures += failed
@@ -101,6 +106,19 @@ def run_tests(facts: dict[str, Any], seconds: float) -> bool:
     print("\n".join(lines), flush=True)
     facts["tests"] = f"stopped after {seconds:.0f} s" if status is None else (lines[-1].strip("= ") if lines else f"status {status}")
     return status == 0
+
+
+def run_train_step(facts: dict[str, Any], seconds: float, device: str = "cuda") -> bool:
+    """Its parts that need no run of several processes, the first ones surely; whether nothing failed."""
+    if missing := [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]:
+        facts["train_step"] = f"not run: {missing[0]} is not installed"
+        print(f"== train_step {facts['train_step']}", flush=True)
+        return True
+    print(f"== train_step, up to {seconds:.0f} s", flush=True)
+    command = [sys.executable, "-m", "benchmarks", "train_step", "--", "--device", device, "--quick", "--parts", "rival,memory,packing"]
+    status, facts["train_step_seconds"] = timed(command, seconds)
+    facts["train_step"] = f"stopped after {seconds:.0f} s" if status is None else f"status {status}"
+    return not status
 
 
 def run_benchmarks(ops: list[str], deadline: float, quick: bool, device: str = "cuda") -> tuple[list[dict[str, Any]], list[str]]:

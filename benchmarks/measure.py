@@ -69,13 +69,23 @@ def _commit() -> str | None:
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
-    """Prints ``rows`` (same keys) as a table and writes them with ``extra`` and the machine to benchmarks/results/NAME.json."""
+    """``print_table`` and ``write_results``."""
+    print_table(rows)
+    write_results(name, rows, **extra)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """All have the same keys."""
     columns = list(rows[0])
     cells = [[_cell(row[column]) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
     print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
+    """``rows`` with ``extra`` and the machine, to benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **extra, "rows": rows}, indent=1) + "\n")
 
