@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from rollout_servers import make_model
+from runs import TrainRun
 
 from areal.config_check_supervised import check_dpo_config, check_sft_config
 from areal.config_load import load_expr_config
@@ -49,10 +51,17 @@ def test_longest_chain_fits(path):
     assert dataset.max_prompt_len + config.gconfig.max_new_tokens <= config.rollout.max_context <= model["max_position_embeddings"]
 
 
+STARTED_IN = {
+    "arithmetic": "all tests of runs.TrainRun",
+    "dpo": "test_dpo.py",
+    "sft": "test_sft.py",
+    **dict.fromkeys(("arithmetic_long", "calculator", "code", "gsm8k", "lora", "write_code"), "this file"),
+}
+"""Where each starts and takes steps; those of examples/algorithms do in test_algorithms.py."""
+
+
 def test_there_are_these():
-    assert {p.stem for p in EXAMPLES} == {
-        "arithmetic", "arithmetic_long", "calculator", "code", "dpo", "gsm8k", "lora", "sft", "write_code"
-    }  # fmt: skip
+    assert {p.stem for p in EXAMPLES} == STARTED_IN.keys()
     assert {p.stem for p in FOLDER.glob("*.py")} == {"tiny", *SCRIPTS}
 
 
@@ -107,6 +116,19 @@ def make_tiny_model(folder: Path) -> None:
         **sizes,
     }
     create_model(config, seed=0).save_pretrained(folder)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["arithmetic_long", "lora"])
+def test_one_for_a_cpu_takes_steps(name, tmp_path):
+    words = ["total_train_steps=2"]
+    if name == "lora":
+        make_model(tmp_path / "model")
+        words.append(f"actor.path={tmp_path / 'model'}")
+    run = TrainRun(tmp_path, *words, config=f"examples/{name}.yaml")
+    summary = run.summary()
+    assert summary["train_steps"] == 2 and summary["tokens_trained"] > 0 and summary["dropped"] == {}
+    assert (run.folder / "checkpoints" / "final" / "adapter").is_dir() == (name == "lora")
 
 
 NUMBERS = range(1, 9)
