@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_setup import make_batch, make_config, make_groups, save_small_model
 
-from areal.config import OptimizerConfig
+from areal.config import CriticConfig, OptimizerConfig, RefConfig
 from areal.models import heads
 from areal.models.heads import packed_logprobs
 from areal.models.loading import load_model
@@ -267,3 +267,14 @@ def test_muon_takes_the_matrices_of_the_layers_only(model_folder, tmp_path):
 def test_bad_matrix_for_muon():
     with pytest.raises(ValueError, match="matrices only"):
         Muon([torch.nn.Parameter(torch.zeros(3))], 0.1)
+
+
+def test_paths_of_other_models_begin_at_home_too(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    at_home = f"~/{model_folder.name}"
+    engine = make_engine(
+        model_folder,
+        tmp_path,
+        cls=lambda *a, **k: TrainEngine(*a, **k, ref=RefConfig(path=at_home), critic=CriticConfig(path=at_home)),
+    )
+    assert engine.reference is not None and engine.critic is not None

@@ -62,20 +62,21 @@ class Rank:
                 timeout=timedelta(seconds=actor.step_timeout),
             )
             torch.distributed.barrier()  # NCCL: what some ranks send each other later needs a communicator that all of them made
-        self._engine = TrainEngine(
-            model_folder,
-            actor,
-            temperature=config.gconfig.temperature,
-            mesh=RankMesh(device, rank, config.trainer_layout),
-            critic=config.critic,
-            ref=config.ref if config.uses_ref else None,
-            warms_up=config.warmup is not None,
-            seed=config.seed,
-        )
         self._is_first = rank == 0
         self._config = config
         self._model_folder = model_folder
         self._run_folder = run_folder
+        with self._explained():
+            self._engine = TrainEngine(
+                model_folder,
+                actor,
+                temperature=config.gconfig.temperature,
+                mesh=RankMesh(device, rank, config.trainer_layout),
+                critic=config.critic,
+                ref=config.ref if config.uses_ref else None,
+                warms_up=config.warmup is not None,
+                seed=config.seed,
+            )
         bucket_bytes = config.weight_sync.bucket_mb << 20
         if actor.lora is not None and actor.lora.sync == "adapter":
             self._adapter = self._engine.use_adapters_alone(bucket_bytes)
@@ -125,7 +126,7 @@ class Rank:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A step that is not finite is dumped, one without memory says which key to turn."""
+        """A step that is not finite is dumped; where memory runs out, the error says which key to turn."""
         from areal.trainer.failed_step import NonFiniteGradients, dump
         from areal.trainer.memory import OutOfMemory, explain_out_of_memory
 
