@@ -12,6 +12,8 @@ from trainer_setup import MODEL, make_config, save_small_model
 
 from areal.cli import main
 from areal.config import ConfigError
+from areal.inference import placement
+from areal.inference.sglang import taken_of_trainer_gpu
 from areal.models.loading import create_model
 from areal.tasks.arithmetic import build_tokenizer
 from areal.trainer import memory
@@ -176,6 +178,20 @@ def test_model_that_cannot_fit_is_refused_with_the_key_to_turn(tmp_path):
     line, is_close = check_memory(small, folder, "cpu")
     assert line.startswith("trainer memory: about ") and "free here" in line
     assert not is_close
+
+
+def test_what_sglang_takes_of_a_shared_gpu_is_not_there_for_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "count_gpus", lambda: 1)
+    monkeypatch.setattr(memory, "gpu_memory", lambda: 10 * 2**30)
+    config, folder = sized(tmp_path, device="cuda")
+    shared = config.new(rollout={"backend": "sglang:d1", "colocate": True})
+    assert (taken_of_trainer_gpu(config), taken_of_trainer_gpu(shared)) == (0.0, 0.4)
+    assert taken_of_trainer_gpu(shared.new(sglang={"options": {"mem-fraction-static": 0.7}})) == 0.7
+    line, _ = check_memory(shared, folder, "cuda", taken_of_trainer_gpu(shared))
+    assert "; 6.0 GiB of its GPU beside SGLang, which takes 40% (sglang.options.mem_fraction_static)" in line
+    with pytest.raises(ConfigError, match=r"it has 0\.1 GiB of its GPU beside SGLang"):
+        check_memory(shared, folder, "cuda", 0.99)
+    assert check_memory(config, folder, "cuda")[0].endswith("; 10.0 GiB of its GPU")
 
 
 def test_run_that_cannot_fit_starts_nothing(tmp_path, capsys):

@@ -18,6 +18,7 @@ from areal.evaluation import EpisodeSlots, Evaluation, SampleAnswer, evaluate, h
 from areal.inference.client import RolloutClient, WeightUpdateError
 from areal.inference.placement import trainer_gpus
 from areal.inference.servers import RolloutServer, ServerStartError, end_servers, start_server
+from areal.inference.sglang import taken_of_trainer_gpu
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
 from areal.recover import RunState, find_resumable, go_on
@@ -145,8 +146,9 @@ class Cluster:
         """What the trainer will need; ``ConfigError`` before anything is started where that is more than there is."""
         from areal.trainer.memory import check_memory  # transformers: not for those who only look at this module
 
+        taken = taken_of_trainer_gpu(self.config) if self._with_rollout else 0.0
         line, is_close = await asyncio.to_thread(
-            check_memory, self.config, self.model_folder, "cuda" if trainer_gpus(self.config) else "cpu"
+            check_memory, self.config, self.model_folder, "cuda" if trainer_gpus(self.config) else "cpu", taken
         )
         self.display.note(line, style="yellow" if is_close else "")
 

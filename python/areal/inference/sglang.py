@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from areal.config import ConfigError
+from areal.config import ConfigError, GRPOConfig
+from areal.inference.placement import shares_gpu
 
 PLUGIN = Path(__file__).with_name("sglang_plugin")
 """On the server's PYTHONPATH; its files need nothing of areal, which the server's environment may not have."""
@@ -202,3 +203,12 @@ def refusal(log: str) -> str | None:
         if (match := re.match(r"\S[^:]*: error: (.+)", line)) is not None:  # argparse
             return match.group(1)
     return None
+
+
+def taken_of_trainer_gpu(config: GRPOConfig) -> float:
+    """The share of a trainer's GPU that a server of SGLang takes, which was started here; 0 where none has to share."""
+    if config.layout.engine != "sglang" or config.rollout.urls or not any(shares_gpu(config, i) for i in range(config.layout.n_servers)):
+        return 0.0
+    options = {name.replace("-", "_").lstrip("_"): value for name, value in config.sglang.options.items()}
+    given = options.get("mem_fraction_static", _SHARED_GPU_FRACTION)
+    return float(given) if isinstance(given, (int, float)) else _SHARED_GPU_FRACTION

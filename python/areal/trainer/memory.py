@@ -260,13 +260,15 @@ def _saved(model: PreTrainedModel, config: PretrainedConfig, itemsize: int, scor
 # -- against what there is ----------------------------------------------------------------------------------------------------------
 
 
-def check_memory(config: GRPOConfig, model_folder: Path, device: Literal["cpu", "cuda"]) -> tuple[str, bool]:
-    """One line about the trainer's memory, and whether it is close; ``ConfigError`` when it certainly does not fit."""
+def check_memory(config: GRPOConfig, model_folder: Path, device: Literal["cpu", "cuda"], taken: float = 0.0) -> tuple[str, bool]:
+    """One line about the trainer's memory, and whether it is close; ``ConfigError`` when it certainly does not fit.
+
+    ``taken``: the share of each GPU that rollout servers have.
+    """
     estimate = estimate_memory(config, model_folder, device)
-    available = memory_available(device) / (config.trainer_layout.world_size if device == "cpu" else 1)
-    where = (
-        "of its GPU" if device == "cuda" else "that are free here for each rank" if config.trainer_layout.world_size > 1 else "free here"
-    )
+    available = memory_available(device) * (1 - taken if device == "cuda" else 1 / config.trainer_layout.world_size)
+    on_gpu = "of its GPU" if not taken else f"of its GPU beside SGLang, which takes {taken:.0%} (sglang.options.mem_fraction_static)"
+    where = on_gpu if device == "cuda" else "that are free here for each rank" if config.trainer_layout.world_size > 1 else "free here"
     line = f"trainer memory: about {size_text(estimate.total)} a rank ({estimate.describe()})"
     if not available:
         return line, False
