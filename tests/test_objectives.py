@@ -32,6 +32,7 @@ OBJECTIVE = (
     "objective", "importance_sampling_level", "loss_normalization", "entropy_coef", "kl_ctl", "kl_estimator", "kl_in", "eps_clip",
     "eps_clip_higher", "c_clip", "use_decoupled_loss", "recompute_logprob", "prox_logp_method", "behav_imp_weight_cap",
     "behav_imp_weight_mode", "behav_imp_weight_level", "behav_filter_cap", "behav_filter_level",
+    "behav_filter_side",
 )  # fmt: skip
 
 
@@ -67,9 +68,12 @@ CASES = {
     "tis_sequence": Case(
         formulas.tis_sequence, {"behav_imp_weight_cap": 2.0, "behav_imp_weight_level": "sequence"}, bites="truncated_fraction"
     ),
-    "filter_token": Case(formulas.filter_token, {"behav_filter_cap": 1.3}, bites="filtered_fraction"),
+    "filter_moved": Case(formulas.filter_moved, {"behav_filter_cap": 1.05}, bites="filtered_fraction"),
+    "filter_token": Case(formulas.filter_token, {"behav_filter_cap": 1.3, "behav_filter_side": "both"}, bites="filtered_fraction"),
     "filter_sequence": Case(
-        formulas.filter_sequence, {"behav_filter_cap": 1.1, "behav_filter_level": "sequence"}, bites="filtered_fraction"
+        formulas.filter_sequence,
+        {"behav_filter_cap": 1.1, "behav_filter_level": "sequence", "behav_filter_side": "both"},
+        bites="filtered_fraction",
     ),
     "entropy": Case(formulas.entropy, {"entropy_coef": 0.02}),
     "k1": Case(formulas.kl_k1, {"kl_ctl": 0.3, "kl_estimator": "k1"}),
@@ -120,7 +124,9 @@ def make_parts(actor: Any, capacity: int = 4096, world_size: int = 1, rank: int 
 
 def run(folder: Path, actor: dict[str, Any], capacity: int = 4096) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
     """The gradients of both mini-batches, and the statistics."""
-    config = make_config(folder, folder, optimizer={"lr": 0.2, "eps": 1e-2, "gradient_clipping": 1e9}, **actor).actor
+    config = make_config(
+        folder, folder, optimizer={"lr": 0.2, "eps": 1e-2, "gradient_clipping": 1e9}, **{"behav_filter_cap": None, **actor}
+    ).actor
     engine = RecordingEngine(folder, config, temperature=TEMPERATURE)
     engine.version = VERSION
     stats = engine.train_step(make_parts(config, capacity))

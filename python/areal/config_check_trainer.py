@@ -41,7 +41,8 @@ def _check_proximal(actor: ActorConfig) -> None:
             "actor.prox_logp_method=loglinear stands in for the proximal policy, which only the decoupled loss has",
             "set actor.use_decoupled_loss=true, or actor.prox_logp_method=recompute",
         )
-    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
+    # The default is no demand: naive PPO's own clip already bounds what has moved.
+    if actor.behav_filter_cap is not None and "behav_filter_cap" in actor.model_fields_set and not actor.recompute_logprob:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
