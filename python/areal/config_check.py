@@ -191,11 +191,13 @@ def _check_sampling(config: GRPOConfig) -> None:
     if gconfig.temperature == 0:
         raise ConfigError("gconfig.temperature=0 always gives the same answer, so there is nothing to learn from", "use 1.0")
     norm = config.actor.reward_norm
-    if gconfig.n_samples == 1 and norm is not None and norm.mean_level in ("group", "leave_one_out"):
-        raise ConfigError(
-            f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
-            "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
-        )
+    levels = {} if norm is None else {"mean_level": norm.mean_level, "std_level": norm.std_level}
+    for key, level in levels.items():
+        if gconfig.n_samples == 1 and level in ("group", "leave_one_out"):
+            raise ConfigError(
+                f"gconfig.n_samples=1 with actor.reward_norm.{key}='{level}' makes every advantage 0",
+                "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
+            )
 
 
 def _check_times(config: GRPOConfig) -> None:
