@@ -362,8 +362,8 @@ def check_device(key: str, device: str) -> None:
         raise ConfigError(f"{key}='{device}', but the GPUs of this machine are cuda:0 to cuda:{n_gpus - 1}", f"set {key}=cuda:0")
 
 
-def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> None:
-    """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``."""
+def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> Mapping[str, Any]:
+    """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``; returns the model's config."""
     file = Path(path).expanduser() / "config.json"
     if not file.parent.is_dir():
         way_out = (
@@ -380,3 +380,4 @@ def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> No
         raise ConfigError(f"{key}: '{file}' cannot be read: {error}", "give the folder of a Hugging Face model") from None
     if config is not None:
         _check_model_limit(config, model, key)
+    return model
