@@ -268,12 +268,17 @@ def test_kl_penaltys_over_a_whole_distribution() -> None:
         assert float((p * kl_penalty(log_p.detach(), ref, estimator)).sum()) == pytest.approx(float(kl.detach()))
 
 
-def test_kl_penaltys_stay_finite() -> None:
-    logprobs = torch.tensor([-0.1, -300.0, -1.0], requires_grad=True)
+def test_kl_penaltys_far_from_the_reference() -> None:
+    """Where the policy does what the reference would never do the penalty pulls hardest, and everything stays finite."""
+    gradients = {"k1": [20, -20, 0], "k2": [20, -20, 0], "k3": [1, 0, 0]}
+    ref = torch.tensor([-300.0, -0.1, -1.0])
     for estimator in ("k1", "k2", "k3"):
-        estimates = kl_penalty(logprobs, torch.tensor([-300.0, -0.1, -1.0]), estimator)
+        logprobs = torch.tensor([-0.1, -300.0, -1.0], requires_grad=True)
+        estimates = kl_penalty(logprobs, ref, estimator)
         (gradient,) = torch.autograd.grad(estimates.sum(), logprobs)
-        assert estimates.isfinite().all() and gradient.tolist() == [0, 0, 0] and estimates[2] == 0
+        assert estimates.isfinite().all() and gradient.tolist() == pytest.approx(gradients[estimator]) and estimates[2] == 0
+        of_rewards = kl_estimate(logprobs.detach().numpy(), ref.numpy(), estimator)
+        np.testing.assert_allclose(estimates.detach().numpy(), of_rewards, rtol=1e-6)
 
 
 def test_the_normalisation_is_the_policys_alone(model_folder: Path) -> None:
