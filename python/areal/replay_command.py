@@ -88,20 +88,37 @@ def _diagnose(step: FailedStep, device: torch.device) -> Diagnosis:
     """On one rank in this process."""
     import torch
     import torch.distributed as dist
+    from safetensors.torch import load_file
 
     from areal.config import TrainerLayout
+    from areal.models.value_head import value_head_parameters
+    from areal.trainer.checkpoint import ADAPTER_FOLDER
     from areal.trainer.diagnosis import diagnose
-    from areal.trainer.failed_step import engine_of
+    from areal.trainer.engine import TrainEngine
     from areal.trainer.mesh import RankMesh
+    from areal.trainer.sharding import local_part
+    from areal.weight_sync.adapter import WEIGHTS
 
+    lora = None if step.kind == "critic" else step.actor.lora  # a critic has no adapters
+    actor = step.actor.model_copy(
+        update={"backend": "fsdp:d1", "lora": lora, "offload": False}
+    )  # layouts change neither loss nor gradients
+    critic = None if step.critic is None else step.critic.model_copy(update={"path": "", "shared": True})
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory(prefix="areal-") as scratch:
-        if step.actor.dtype != "float32":
+        if actor.dtype != "float32":
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
         try:
-            return diagnose(engine_of(step, RankMesh(device, 0, TrainerLayout(1))), step)
+            mesh = RankMesh(device, 0, TrainerLayout(1))
+            engine = TrainEngine(step.weights, actor, temperature=step.temperature, mesh=mesh, critic=critic)
+            if engine.actor.adapters is not None:
+                engine.actor.adapters.load(load_file(step.weights / ADAPTER_FOLDER / WEIGHTS))
+            with torch.no_grad():
+                for name, parameter in value_head_parameters(engine.model).items():
+                    local_part(parameter).copy_(torch.from_numpy(step.value_head[name]))
+            return diagnose(engine, step)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
