@@ -115,7 +115,7 @@ def test_overflow_of_finite_numbers_is_found_by_taking_the_sequences_apart(model
     token = int(microbatch.cu_seqlens[sequence + 1]) - 1
     microbatch.advantages[token] = 3e38
     microbatch.logprobs[token] = -9.0  # their product with the weight proximal / behaviour is too large
-    engine = make_engine(model_folder, tmp_path, cls=TrainEngine, max_nonfinite_steps=0)
+    engine = make_engine(model_folder, tmp_path, cls=TrainEngine, max_nonfinite_steps=0, behav_filter_cap=None)
     code, told = findings(dumped(engine, batch, tmp_path / "replay" / "step"), capsys)
     assert code == 1
     assert {f["where"] for f in told["findings"]} == {"mini-batch 0, rank 0, micro-batch 1"}
