@@ -337,7 +337,7 @@ def test_compiles_without_a_break() -> None:
 def test_registration() -> None:
     x = inputs(14, 12, 8, 30, torch.float32, "cpu")
     per_token = [x["behavior_logprobs"], x["advantages"], x["loss_mask"].float()]
-    parameters = [0.8, 1.2, float("inf"), float("inf"), 0.0, float("inf"), 0.0, 1.0, 0.0]
+    parameters = [0.8, 1.2, float("inf"), float("inf"), 0.0, float("inf"), 0.0, 1.0, 0.0, 0.0]
     for proximal in x["proximal_logprobs"], None:
         for needs in (True, True), (True, False), (False, False):
             arguments = x["hidden"], x["weight"], x["targets"], proximal, per_token, parameters, [0.9, 0.1], 1 << 20, *needs, "torch"

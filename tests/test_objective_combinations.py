@@ -33,6 +33,7 @@ CHOICES: dict[str, list[Any]] = {
     "behav_imp_weight_level": ["token", "sequence"],
     "behav_filter_cap": [None, None, 1.1, 1.5],
     "behav_filter_level": ["token", "sequence"],
+    "behav_filter_side": ["advantage", "both"],
     "normalization": ["token", "sequence"],
     "entropy_coef": [0.0, 0.1],
     "kl_coef": [0.0, 0.3],
@@ -53,7 +54,10 @@ def objective(o: dict[str, Any], theta: Tensor, entropy: Tensor, p: Tensor, b: T
         w = torch.where(w > o["behav_imp_weight_cap"], above, w)
     if (cap := o["behav_filter_cap"]) is not None:
         of_filter = (drift.mean() if o["behav_filter_level"] == "sequence" else drift).exp().expand(n)
-        w = torch.where((of_filter > cap) | (of_filter < 1 / cap), 0.0, w)
+        outside = (of_filter > cap) | (of_filter < 1 / cap)
+        if o["behav_filter_side"] == "advantage":
+            outside &= torch.where(of_filter > 1, advantages > 0, advantages < 0)
+        w = torch.where(outside, 0.0, w)
     clipped = u.clamp(1 - o["eps_clip"], 1 + (o["eps_clip_higher"] or o["eps_clip"]))
     if o["objective"] == "cispo":
         term = clipped.detach() * advantages * theta
