@@ -189,10 +189,6 @@ CLASHES = {
     "actor.eps_clip=1": ("actor.eps_clip=1 leaves no lower end", "actor.objective=cispo takes 1 and more"),
     "actor.behav_imp_weight_mode=mask": ("behav_imp_weight_mode=mask has no weight to mask", "set actor.behav_imp_weight_cap=2"),
     "actor.behav_imp_weight_level=sequence": ("multiplies the weights of a whole sequence", "set actor.behav_imp_weight_cap=2"),
-    "actor.behav_filter_level=sequence actor.behav_filter_cap=null": (
-        "actor.behav_filter_level=sequence has no effect",
-        "set actor.behav_filter_cap=2",
-    ),
     "actor.kl_estimator=k1": ("actor.kl_estimator=k1 has no effect with actor.kl_ctl=0", "remove actor.kl_estimator"),
     "actor.reward_scaling=0": ("actor.reward_scaling=0 makes every reward the same", "actor.reward_scaling=1"),
     "actor.device=gpu": ("actor.device='gpu' is not a device", "use auto, cpu, cuda"),
@@ -208,6 +204,7 @@ def test_keys_that_do_not_fit_together(good: Path, override: str) -> None:
 
 
 PAIRS = {
+    ("actor.behav_filter_level=sequence", "actor.behav_filter_cap=null"): "actor.behav_filter_level=sequence has no effect",
     ("deterministic=true", "rollout.threads=2"): "needs rollout.threads=1, not 2",
     ("deterministic=true", "actor.threads=2"): "needs actor.threads=1, not 2",
     ("deterministic=true", "rollout.device=cuda:0"): "runs on the CPU only",
