@@ -18,7 +18,7 @@ from test_recover import lines, make, model, read, root, write
 from areal.models.loading import load_model, meta_template
 from areal.recover import find_resumable, go_on
 from areal.recover_files import checkpoints, cut_back, keep_newest, what_is_wrong
-from areal.run_folder import run_folder_of
+from areal.run_folder import keep_last, run_folder_of
 from areal.trainer.checkpoint import write_checkpoint
 
 __all__ = ["model", "root"]
@@ -105,3 +105,23 @@ def test_a_hugging_face_checkpoint_that_replaces_another_is_whole_or_not_there(r
             break
     assert "neither" not in seen and seen[-1] == "new" and seen.count("old") > 10 and seen.count("none") == 1
     assert seen == sorted(seen, key=["old", "none", "new"].index)
+
+
+def test_a_kill_while_old_hugging_face_checkpoints_are_removed_leaves_no_half_of_one(tmp_path: Path) -> None:
+    for number in itertools.count():
+        for step in range(4):
+            (tmp_path / "checkpoints" / f"step_00000{step}").mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "model.safetensors"):
+                (tmp_path / "checkpoints" / f"step_00000{step}" / name).write_bytes(b"x")
+
+        def work(of_a_resumed_run: bool = bool(number % 2)) -> None:
+            cut_back(tmp_path, 1) if of_a_resumed_run else keep_last(tmp_path / "checkpoints", 2)
+
+        was_killed = killed_at(number // 2, work)
+        for folder in (tmp_path / "checkpoints").iterdir():
+            assert "partial" in folder.name or len(list(folder.iterdir())) == 2, (number, folder)
+        if not was_killed and number % 2:
+            break
+        cut_back(tmp_path, 3)
+        assert not [f for f in (tmp_path / "checkpoints").iterdir() if "partial" in f.name]
+    assert number > 8

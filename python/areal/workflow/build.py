@@ -97,7 +97,7 @@ def _longest_context(config: GRPOConfig, evaluation: bool) -> int:
     """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; 0 = not known."""
     limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
     if not evaluation:
-        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+        limits.append(config.sample_budget[1])
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=0)
 
 
