@@ -14,8 +14,9 @@ fileroot/experiment_name/trial_name/
 from __future__ import annotations
 
 import fcntl
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,6 +133,17 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    """The Hugging Face config of the actor; empty where it cannot be read."""
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def load_tokenizer(model_folder: Path) -> Any:
