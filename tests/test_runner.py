@@ -182,9 +182,6 @@ def test_malformed_rows_and_long_prompts_are_counted(server: Server, model: tupl
     _run(main)
 
 
-_SHORTEST = 500
-
-
 class _Misbehaving:
     """A workflow as bad as its row says."""
 
@@ -213,7 +210,7 @@ class _Misbehaving:
                 asyncio.get_running_loop().call_soon(inner.cancel)
                 await inner
             case "long":
-                n = _SHORTEST
+                n = 500
                 values = {"loss_mask": [0] + [1] * n, "logprobs": [0.0] * (n + 1), "versions": [-1] + [0] * n}
                 return {"input_ids": [3] * (n + 1), "rewards": 0.0, **values}
         response = await engine.agenerate(ModelRequest([3, 4], _config().gconfig))
@@ -233,7 +230,7 @@ def test_workflows_that_misbehave(server: Server, monkeypatch: pytest.MonkeyPatc
 
     async def main() -> None:
         acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long", "swallow", "go on"]
-        critic = {"mb_spec": {"max_tokens_per_mb": _SHORTEST}}  # less than the actor's
+        critic = {"mb_spec": {"max_tokens_per_mb": 500}}  # less than the actor's
         loop = _Loop(_config(rollout={"episode_timeout": 1.0}, critic=critic), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
