@@ -23,13 +23,14 @@ from benchmarks.bench_async_vs_sync import areal_train
 from benchmarks.measure import RESULTS, machine
 
 CONFIG = "examples/arithmetic.yaml"
+UNFILTERED = "actor.behav_filter_cap=null"  # the decoupled objective of the paper, with nothing around it
 VARIANTS: dict[str, list[str]] = {
     "naive": ["actor.use_decoupled_loss=false", "actor.recompute_logprob=false"],
     "decoupled": [],
-    "decoupled_cap5": ["actor.behav_imp_weight_cap=5"],
-    "decoupled_mask5": ["actor.behav_imp_weight_cap=5", "actor.behav_imp_weight_mode=mask"],
-    "decoupled_filter2": ["actor.behav_filter_cap=2"],
-    "decoupled_filter5": ["actor.behav_filter_cap=5"],
+    "unfiltered": [UNFILTERED],
+    "unfiltered_cap5": [UNFILTERED, "actor.behav_imp_weight_cap=5"],
+    "unfiltered_mask5": [UNFILTERED, "actor.behav_imp_weight_cap=5", "actor.behav_imp_weight_mode=mask"],
+    "filter_both_sides": ["actor.behav_filter_side=both"],
     "loglinear": ["actor.prox_logp_method=loglinear"],
 }
 """The overrides that make each objective."""

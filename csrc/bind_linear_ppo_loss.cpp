@@ -14,7 +14,7 @@ namespace {
 // addresses: logits, targets, proximal or 0, behavior, advantages, loss_weights, logprobs, entropy; sizes: rows, n; scalars:
 // inverse_temperature, entropy_coef; parameters: the fields of PPOParameters.
 void call_linear_ppo_rows(const std::array<uintptr_t, 8>& addresses, const std::array<int64_t, 2>& sizes, bool is_bfloat16, bool gradients,
-                          const std::array<float, 2>& scalars, const std::array<float, 9>& p, unsigned threads,
+                          const std::array<float, 2>& scalars, const std::array<float, 10>& p, unsigned threads,
                           const std::string& instruction_set) {
   py::gil_scoped_release release;
   const auto floats = [&](int i) { return reinterpret_cast<float*>(addresses[i]); };
@@ -33,7 +33,7 @@ void call_linear_ppo_rows(const std::array<uintptr_t, 8>& addresses, const std::
   call.gradients = gradients;
   call.inverse_temperature = scalars[0];
   call.entropy_coef = scalars[1];
-  call.parameters = {p[0], p[1], p[2], p[3], p[4], p[5], p[6] != 0, p[7] != 0, p[8] != 0};
+  call.parameters = {p[0], p[1], p[2], p[3], p[4], p[5], p[6] != 0, p[7] != 0, p[8] != 0, p[9] != 0};
   areal::linear_ppo_rows(call, threads, instruction_set);
 }
 

@@ -23,7 +23,8 @@ enum Flag {
   kSequenceWeight = 16,
   kSequenceFilter = 32,
   kSequenceMean = 64,
-  kFloatMask = 512
+  kFilterByAdvantage = 128,
+  kFloatMask = 1024
 };
 
 // addresses: current, proximal, behaviour, advantages, mask, cu_seqlens, entropy, denominator, gradient, entropy's gradient, loss, sums;
@@ -32,8 +33,8 @@ areal::PPOLoss make_call(const std::array<uintptr_t, 12>& addresses, int64_t tok
                          float scale, int flags) {
   const auto floats = [&](int i) { return reinterpret_cast<float*>(addresses[i]); };
   const auto has = [&](Flag flag) { return (flags & flag) != 0 ? 1 : 0; };
-  const areal::PPOParameters parameters = {numbers[0], numbers[1],  numbers[2],      numbers[3],       numbers[4],
-                                           numbers[5], has(kCispo), has(kDecoupled), has(kMaskWeights)};
+  const areal::PPOParameters parameters = {numbers[0], numbers[1],  numbers[2],      numbers[3],        numbers[4],
+                                           numbers[5], has(kCispo), has(kDecoupled), has(kMaskWeights), has(kFilterByAdvantage)};
   return {floats(0),
           floats(1),
           floats(2),

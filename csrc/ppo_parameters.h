@@ -13,6 +13,7 @@ struct PPOParameters {
   int cispo;                         // 1: clipped ratio * advantage * log-prob; 0: the clipped ratio of PPO
   int decoupled;                     // 1: ratio to the proximal policy and importance weight; 0: ratio to the behaviour policy, weight 1
   int mask_weights;                  // 1: a weight above its cap becomes 0; 0: it becomes the cap
+  int filter_by_advantage;           // 1: filtered above the range only where the advantage is positive, below it where it is negative
 };
 
 }  // namespace areal

@@ -71,9 +71,14 @@ AREAL_PPO_FUNCTION PPOTerm<F> ppo_term(const PPOParameters& p, const MaskOf<F>& 
   const MaskOf<F> heavy = term.weight > p.weight_cap;
   term.weight = heavy ? F{} + (p.mask_weights ? 0.0f : p.weight_cap) : term.weight;
   term.truncated = counted & heavy;
-  term.kept = counted & !((filter_ratio > p.filter_upper) | (filter_ratio < p.filter_lower));
 
   const F advantage = counted ? given_advantage : F{};
+  MaskOf<F> far = filter_ratio > p.filter_upper, near = filter_ratio < p.filter_lower;
+  if (p.filter_by_advantage) {
+    far = far & (advantage > 0.0f);
+    near = near & (advantage < 0.0f);
+  }
+  term.kept = counted & !(far | near);
   const MaskOf<F> above = ratio > p.upper, below = ratio < p.lower;
   const F clipped = (above ? F{} + p.upper : below ? F{} + p.lower : ratio) * advantage;
   F objective, slope;

@@ -48,6 +48,7 @@ def linear_ppo_kernel(
     CISPO: tl.constexpr,
     DECOUPLED: tl.constexpr,
     MASK_WEIGHTS: tl.constexpr,
+    FILTER_BY_ADVANTAGE: tl.constexpr,
     ON_POLICY: tl.constexpr,
     GRADIENTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,6 +86,7 @@ def linear_ppo_kernel(
             CISPO,
             DECOUPLED,
             MASK_WEIGHTS,
+            FILTER_BY_ADVANTAGE,
         )
         grad_entropy = -entropy_coef * loss_weight
         if (grad_logprob == 0.0) & (grad_entropy == 0.0):

@@ -21,6 +21,7 @@ SEQUENCE_RATIO: tl.constexpr = tl.constexpr(8)
 SEQUENCE_WEIGHT: tl.constexpr = tl.constexpr(16)
 SEQUENCE_FILTER: tl.constexpr = tl.constexpr(32)
 SEQUENCE_MEAN: tl.constexpr = tl.constexpr(64)
+FILTER_BY_ADVANTAGE: tl.constexpr = tl.constexpr(128)
 
 _ROW = 16  # floats between the sums of two programs: those of areal::PPOStatistic, then padding
 
@@ -112,6 +113,7 @@ def _add_tokens(
         (CISPO & FLAGS) != 0,
         (DECOUPLED & FLAGS) != 0,
         (MASK_WEIGHTS & FLAGS) != 0,
+        (FILTER_BY_ADVANTAGE & FLAGS) != 0,
     )
     loss = -objective * loss_weight
     entropy_sum = tl.sum(loss) * 0.0
@@ -361,7 +363,7 @@ def ppo_loss(
         entropy_gradient,
         partial,
     )
-    constants = {"FLAGS": flags & 127, "BLOCK": block, "ROW": _ROW, "num_warps": warps}
+    constants = {"FLAGS": flags & 255, "BLOCK": block, "ROW": _ROW, "num_warps": warps}
     if of_sequences:
         for given in gradient, entropy_gradient:
             if given is not None:

@@ -39,6 +39,7 @@ def ppo_term(
     CISPO: tl.constexpr,
     DECOUPLED: tl.constexpr,
     MASK_WEIGHTS: tl.constexpr,
+    FILTER_BY_ADVANTAGE: tl.constexpr,
 ):
     """Importance weight * objective, its derivative by log(ratio) (CISPO: by the log-prob), the weight, and where the token is kept,
     clipped at the upper end, at the lower end, dual-clipped, and of a weight above its cap."""
@@ -52,9 +53,14 @@ def ppo_term(
     else:
         weight = tl.where(heavy, weight_cap, weight)
     truncated = counted & heavy
-    kept = counted & (((filter_ratio > filter_upper) | (filter_ratio < filter_lower)) == 0)
-
     advantage = tl.where(counted, advantage, 0.0)
+    far = filter_ratio > filter_upper
+    near = filter_ratio < filter_lower
+    if FILTER_BY_ADVANTAGE:
+        far = far & (advantage > 0.0)
+        near = near & (advantage < 0.0)
+    kept = counted & ((far | near) == 0)
+
     above = ratio > upper
     below = ratio < lower
     clipped = tl.where(above, upper, tl.where(below, lower, ratio)) * advantage
@@ -92,6 +98,7 @@ def ppo_token_gradient(
     CISPO: tl.constexpr,
     DECOUPLED: tl.constexpr,
     MASK_WEIGHTS: tl.constexpr,
+    FILTER_BY_ADVANTAGE: tl.constexpr,
 ):
     """d(loss) / d(current) at token level, where loss = -sum of loss_weight * importance weight * objective; a token of weight 0 does not
     count: whatever else it holds, its gradient is 0."""
@@ -117,6 +124,7 @@ def ppo_token_gradient(
         CISPO,
         DECOUPLED,
         MASK_WEIGHTS,
+        FILTER_BY_ADVANTAGE,
     )
     if not CISPO:
         slope = tl.where(free, slope, 0.0)

@@ -105,6 +105,13 @@ def mis_sequence(s: Sequence, cap: float = 2.0) -> Tensor:
     return (weight if weight <= cap else 0.0) * surrogate(s.ratio, s.advantages).sum()
 
 
+def filter_moved(s: Sequence, cap: float = 1.05) -> Tensor:
+    """What has moved far already the way its advantage points gives no loss."""
+    moved = torch.where(s.advantages > 0, s.weight, 1 / s.weight)
+    kept = (moved <= cap) | (s.advantages == 0)
+    return (s.weight * surrogate(s.ratio, s.advantages))[kept].sum()
+
+
 def filter_token(s: Sequence, cap: float = 1.3) -> Tensor:
     kept = (s.weight <= cap) & (s.weight >= 1 / cap)
     return (s.weight * surrogate(s.ratio, s.advantages))[kept].sum()

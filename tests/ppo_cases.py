@@ -75,8 +75,8 @@ def expected(
 
 def _sequence(out: Expected, x: dict[str, list], entropies: list | None, tokens: list[int], denominator: float, *, eps_clip, eps_clip_higher=None,
               c_clip=None, ratio_level="token", objective="ppo", decoupled=True, behav_imp_weight_cap=None, behav_imp_weight_mode="truncate",
-              behav_imp_weight_level="token", behav_filter_cap=None, behav_filter_level="token", normalization="token", fixed_length=None,
-              entropy_coef=0.0):  # fmt: skip
+              behav_imp_weight_level="token", behav_filter_cap=None, behav_filter_level="token", behav_filter_side="both",
+              normalization="token", fixed_length=None, entropy_coef=0.0):  # fmt: skip
     """Adds the loss tokens of one sequence."""
     below = x["proximal_logprobs"] if decoupled else x["behavior_logprobs"]
     moved = {t: clamp(x["logprobs"][t] - below[t]) for t in tokens}
@@ -95,7 +95,8 @@ def _sequence(out: Expected, x: dict[str, list], entropies: list | None, tokens:
         kept = True
         if behav_filter_cap is not None:
             r = math.exp(stale[t] if behav_filter_level == "token" else math.fsum(stale.values()) / n)
-            kept = not (out.compare(r, behav_filter_cap) or out.compare(1 / r, behav_filter_cap))
+            above, under = out.compare(r, behav_filter_cap), out.compare(1 / r, behav_filter_cap)
+            kept = not (above or under) if behav_filter_side == "both" else not ((above and a > 0) or (under and a < 0))
         above, under = out.compare(u, upper), lower > 0 and not out.compare(u, lower)
         clipped = min(max(u, lower), upper)
         if objective == "cispo":

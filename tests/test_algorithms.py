@@ -48,6 +48,24 @@ def test_keys_of_the_page_exist() -> None:
     assert len(short) >= 15 and {key for key in short if f"actor.{key}" not in known} <= {"critic", "dynamic_filter"}
 
 
+@pytest.mark.parametrize(("name", "row"), re.findall(r"\| \[.*examples/algorithms/(\w+)\.yaml\)(.*)", PAGE))
+def test_files_have_the_keys_of_their_row(name: str, row: str) -> None:
+    """Those behind a semicolon are a variant."""
+    config, cells = load(ROOT / "examples" / "algorithms" / f"{name}.yaml"), row.split("|")
+    claimed = dict(item for text in re.findall(r"`(\w+: [^`]*)`", cells[-2].partition(";")[0]) for item in yaml.safe_load(text).items())
+    assert claimed
+    for key, value in claimed.items():
+        owner = {"critic": config, "dynamic_filter": config.rollout}.get(key, config.actor)
+        actual = getattr(owner, key)
+        if isinstance(value, dict):
+            assert actual is not None and {k: getattr(actual, k) for k in value} == value, key
+        else:
+            assert actual == value, key
+    if name not in ("gspo", "cispo", "dapo"):
+        assert (config.actor.eps_clip, config.actor.eps_clip_higher) == (0.2, None), "nothing else is changed silently"
+    assert (config.critic is None) == (name != "ppo") and (config.actor.kl_ctl > 0) == ("kl_ctl" in claimed)
+
+
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
 def test_blocks_of_the_page_load(block: str) -> None:
     base = yaml.safe_load((ROOT / "examples" / "algorithms" / "tis.yaml").read_text())

@@ -122,6 +122,8 @@ WRONG = {
     "rollout.consumer_batch_size=2.5": "'rollout.consumer_batch_size' is 2.5, but must be a whole number",
     "rollout.consumer_batch_size=0": "'rollout.consumer_batch_size' is 0, but must be at least 1",
     "actor.eps_clip=0": "'actor.eps_clip' is 0, but must be greater than 0",
+    "actor.optimizer.lr=.inf": "'actor.optimizer.lr' is Infinity, but must be a finite number",
+    "actor.reward_bias=.nan": "'actor.reward_bias' is NaN, but must be a finite number",
     "actor.optimizer.lr=-1": "'actor.optimizer.lr' is -1, but must be greater than 0",
     "gconfig.top_p=2": "'gconfig.top_p' is 2, but must be at most 1",
     "deterministic=perhaps": "'deterministic' is 'perhaps', but must be true or false",
@@ -180,6 +182,7 @@ CLASHES = {
     "rollout.episode_timeout=1000": ("ends the run before an episode", "raise the first"),
     "actor.init_from_scratch={hidden_size: 8}": ("has no model_type", "qwen2"),
     "actor.overlong_tokens=8": ("actor.overlong_tokens=8 has no effect", "actor.overlong_reward_penalty=true"),
+    "actor.overlong_penalty_factor=2": ("actor.overlong_penalty_factor=2 has no effect", "actor.overlong_reward_penalty=true"),
     "actor.overlong_reward_penalty=true": ("1 to gconfig.max_new_tokens=", "set actor.overlong_tokens="),
     "rollout.dynamic_filter=my_filter": ("rollout.dynamic_filter='my_filter' is not an import path", "package.module:name"),
     "reward_fn=my_module": ("is not an import path", "package.module:name"),
@@ -187,6 +190,8 @@ CLASHES = {
     "actor.behav_imp_weight_mode=mask": ("behav_imp_weight_mode=mask has no weight to mask", "set actor.behav_imp_weight_cap=2"),
     "actor.behav_imp_weight_level=sequence": ("multiplies the weights of a whole sequence", "set actor.behav_imp_weight_cap=2"),
     "actor.behav_filter_level=sequence": ("actor.behav_filter_level=sequence has no effect", "set actor.behav_filter_cap=2"),
+    "actor.kl_estimator=k1": ("actor.kl_estimator=k1 has no effect with actor.kl_ctl=0", "remove actor.kl_estimator"),
+    "actor.reward_scaling=0": ("actor.reward_scaling=0 makes every reward the same", "actor.reward_scaling=1"),
     "actor.device=gpu": ("actor.device='gpu' is not a device", "use auto, cpu, cuda"),
 }
 
@@ -207,6 +212,7 @@ PAIRS = {
     ("actor.behav_imp_weight_cap=5", "actor.use_decoupled_loss=false"): "only the decoupled loss has",
     ("actor.overlong_reward_penalty=true", "actor.overlong_tokens=1000"): "actor.overlong_tokens=1000",
     ("rollout.dynamic_filter=mixed", "gconfig.n_samples=1", "actor.reward_norm=null"): "compares the samples of a group",
+    ("gconfig.n_samples=1", "actor.reward_norm.mean_level=batch"): "actor.reward_norm.std_level='group' makes every advantage 0",
     ("actor.objective=cispo", "actor.c_clip=3"): "actor.c_clip=3 has no effect with actor.objective=cispo",
     ("actor.prox_logp_method=loglinear", "actor.use_decoupled_loss=false"): "which only the decoupled loss has",
     ("actor.behav_filter_cap=5", "actor.use_decoupled_loss=false", "actor.recompute_logprob=false"): "needs the recomputed log-probs",

@@ -16,7 +16,7 @@ from trainer_setup import make_config, save_small_model
 
 from areal.algo.loss import dpo_loss
 from areal.config import ConfigError, DatasetConfig, DPOConfig, RefConfig
-from areal.config_check_supervised import check_dpo_config
+from areal.config_check_supervised import check_dpo_config, check_dpo_machine
 from areal.config_load import load_expr_config
 from areal.data import PromptDataset, load_dataset
 from areal.dpo import DPOTrainer
@@ -203,6 +203,16 @@ def test_mistakes_on_the_machine(model_folder, tmp_path):
         DPOTrainer(example(tmp_path, f"actor.path={model_folder}", "train_dataset.path=nowhere.jsonl")),
     ):
         pass
+    for name, place in (("actor", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        save_small_model(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": place}}}))
+    for word, sentence in (
+        (f"ref.path={tmp_path}/other", "ref.path: the tokenizer of '.*other' has other token ids"),
+        ("actor.backend=fsdp:d1c3", "actor.path has 4 attention heads, which 3 context ranks cannot share equally"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            check_dpo_machine(example(tmp_path, f"actor.path={tmp_path}/actor", word))
     rows = [{"prompt": "a1=", "answer": "#1"}]
     with (
         pytest.raises(ConfigError, match=r"none of the first 1 rows has 'chosen' and 'rejected' \(the first one has prompt, answer\)"),

@@ -62,7 +62,9 @@ def reference(x: dict[str, Any], temperature: float, **o: Any) -> tuple[Tensor, 
     if cap := o.get("behav_imp_weight_cap"):
         w = torch.where(w > cap, 0.0 if o.get("behav_imp_weight_mode") == "mask" else cap, w)
     if cap := o.get("behav_filter_cap"):
-        term = torch.where((stale <= cap) & (stale >= 1 / cap), term, 0.0)
+        both = o.get("behav_filter_side", "both") == "both"
+        dropped = (stale > cap) & ((advantages > 0) | both) | (stale < 1 / cap) & ((advantages < 0) | both)
+        term = torch.where(dropped, 0.0, term)
     m = mask.double()
     if o.get("normalization") == "fixed":
         m = m / o["fixed_length"]
@@ -98,6 +100,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "truncate": {"behav_imp_weight_cap": 1.1},
     "mask": {"behav_imp_weight_cap": 1.1, "behav_imp_weight_mode": "mask"},
     "filter": {"behav_filter_cap": 1.2},
+    "filter-moved": {"behav_filter_cap": 1.1, "behav_filter_side": "advantage"},
     "entropy": {"entropy_coef": 0.05},
     "dr-grpo": {"normalization": "fixed", "fixed_length": 8.0},
     "grpo": {"normalization": "sequence", "cu_seqlens": torch.tensor([0, 9, 9, 10, 26], dtype=torch.int32)},
@@ -334,7 +337,7 @@ def test_compiles_without_a_break() -> None:
 def test_registration() -> None:
     x = inputs(14, 12, 8, 30, torch.float32, "cpu")
     per_token = [x["behavior_logprobs"], x["advantages"], x["loss_mask"].float()]
-    parameters = [0.8, 1.2, float("inf"), float("inf"), 0.0, float("inf"), 0.0, 1.0, 0.0]
+    parameters = [0.8, 1.2, float("inf"), float("inf"), 0.0, float("inf"), 0.0, 1.0, 0.0, 0.0]
     for proximal in x["proximal_logprobs"], None:
         for needs in (True, True), (True, False), (False, False):
             arguments = x["hidden"], x["weight"], x["targets"], proximal, per_token, parameters, [0.9, 0.1], 1 << 20, *needs, "torch"
@@ -348,7 +351,15 @@ def test_triton_moves_16_bytes_at_a_time(element: str, gradients: bool) -> None:
     vectors = "proximal", "behavior", "advantages", "loss_weights", "logprobs", "entropies"
     scalars = "inverse_temperature", "entropy_coef", "lower", "upper", "c_clip", "weight_cap", "filter_lower", "filter_upper"
     signature = {"logits": element, "targets": "*i64", **dict.fromkeys(vectors, "*fp32"), "n": "i32", **dict.fromkeys(scalars, "fp32")}
-    switches = {"CISPO": False, "DECOUPLED": True, "MASK_WEIGHTS": False, "ON_POLICY": False, "GRADIENTS": gradients, "BLOCK": 8192}
+    switches = {
+        "CISPO": False,
+        "DECOUPLED": True,
+        "MASK_WEIGHTS": False,
+        "FILTER_BY_ADVANTAGE": False,
+        "ON_POLICY": False,
+        "GRADIENTS": gradients,
+        "BLOCK": 8192,
+    }
     ptx = compile_to_ptx("linear_ppo_loss_triton", "linear_ppo_kernel", signature, switches, multiples_of_16=("n",), num_warps=16)
     accesses = 8192 * (2 if element == "*bf16" else 4) // (16 * 32) // 16  # of one thread to a block
     passes = 2 if gradients else 1

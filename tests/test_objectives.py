@@ -32,6 +32,7 @@ OBJECTIVE = (
     "objective", "importance_sampling_level", "loss_normalization", "entropy_coef", "kl_ctl", "kl_estimator", "kl_in", "eps_clip",
     "eps_clip_higher", "c_clip", "use_decoupled_loss", "recompute_logprob", "prox_logp_method", "behav_imp_weight_cap",
     "behav_imp_weight_mode", "behav_imp_weight_level", "behav_filter_cap", "behav_filter_level",
+    "behav_filter_side",
 )  # fmt: skip
 
 
@@ -67,9 +68,12 @@ CASES = {
     "tis_sequence": Case(
         formulas.tis_sequence, {"behav_imp_weight_cap": 2.0, "behav_imp_weight_level": "sequence"}, bites="truncated_fraction"
     ),
-    "filter_token": Case(formulas.filter_token, {"behav_filter_cap": 1.3}, bites="filtered_fraction"),
+    "filter_moved": Case(formulas.filter_moved, {"behav_filter_cap": 1.05}, bites="filtered_fraction"),
+    "filter_token": Case(formulas.filter_token, {"behav_filter_cap": 1.3, "behav_filter_side": "both"}, bites="filtered_fraction"),
     "filter_sequence": Case(
-        formulas.filter_sequence, {"behav_filter_cap": 1.1, "behav_filter_level": "sequence"}, bites="filtered_fraction"
+        formulas.filter_sequence,
+        {"behav_filter_cap": 1.1, "behav_filter_level": "sequence", "behav_filter_side": "both"},
+        bites="filtered_fraction",
     ),
     "entropy": Case(formulas.entropy, {"entropy_coef": 0.02}),
     "k1": Case(formulas.kl_k1, {"kl_ctl": 0.3, "kl_estimator": "k1"}),
@@ -120,7 +124,9 @@ def make_parts(actor: Any, capacity: int = 4096, world_size: int = 1, rank: int 
 
 def run(folder: Path, actor: dict[str, Any], capacity: int = 4096) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
     """The gradients of both mini-batches, and the statistics."""
-    config = make_config(folder, folder, optimizer={"lr": 0.2, "eps": 1e-2, "gradient_clipping": 1e9}, **actor).actor
+    config = make_config(
+        folder, folder, optimizer={"lr": 0.2, "eps": 1e-2, "gradient_clipping": 1e9}, **{"behav_filter_cap": None, **actor}
+    ).actor
     engine = RecordingEngine(folder, config, temperature=TEMPERATURE)
     engine.version = VERSION
     stats = engine.train_step(make_parts(config, capacity))
@@ -262,12 +268,17 @@ def test_kl_penaltys_over_a_whole_distribution() -> None:
         assert float((p * kl_penalty(log_p.detach(), ref, estimator)).sum()) == pytest.approx(float(kl.detach()))
 
 
-def test_kl_penaltys_stay_finite() -> None:
-    logprobs = torch.tensor([-0.1, -300.0, -1.0], requires_grad=True)
+def test_kl_penaltys_far_from_the_reference() -> None:
+    """Where the policy does what the reference would never do the penalty pulls hardest, and everything stays finite."""
+    gradients = {"k1": [20, -20, 0], "k2": [20, -20, 0], "k3": [1, 0, 0]}
+    ref = torch.tensor([-300.0, -0.1, -1.0])
     for estimator in ("k1", "k2", "k3"):
-        estimates = kl_penalty(logprobs, torch.tensor([-300.0, -0.1, -1.0]), estimator)
+        logprobs = torch.tensor([-0.1, -300.0, -1.0], requires_grad=True)
+        estimates = kl_penalty(logprobs, ref, estimator)
         (gradient,) = torch.autograd.grad(estimates.sum(), logprobs)
-        assert estimates.isfinite().all() and gradient.tolist() == [0, 0, 0] and estimates[2] == 0
+        assert estimates.isfinite().all() and gradient.tolist() == pytest.approx(gradients[estimator]) and estimates[2] == 0
+        of_rewards = kl_estimate(logprobs.detach().numpy(), ref.numpy(), estimator)
+        np.testing.assert_allclose(estimates.detach().numpy(), of_rewards, rtol=1e-6)
 
 
 def test_the_normalisation_is_the_policys_alone(model_folder: Path) -> None:

@@ -25,6 +25,8 @@ VARIANTS = {
     "weight_sequence": {"behav_imp_weight_cap": 1.1, "behav_imp_weight_level": "sequence"},
     "filter": {"behav_filter_cap": 1.25},
     "filter_sequence": {"behav_filter_cap": 1.1, "behav_filter_level": "sequence"},
+    "filter_moved": {"behav_filter_cap": 1.1, "behav_filter_side": "advantage"},
+    "filter_moved_sequence": {"behav_filter_cap": 1.05, "behav_filter_level": "sequence", "behav_filter_side": "advantage"},
     "naive": {"decoupled": False},
     "naive_filter": {"decoupled": False, "behav_filter_cap": 1.25},
     "cispo": {"objective": "cispo", "eps_clip": 1.0, "eps_clip_higher": 0.2, "behav_imp_weight_cap": 1.5},
@@ -121,6 +123,7 @@ OPTIONS = st.fixed_dictionaries(
         "behav_imp_weight_level": st.sampled_from(["token", "sequence"]),
         "behav_filter_cap": st.sampled_from([None, 1.05, 4.0]),
         "behav_filter_level": st.sampled_from(["token", "sequence"]),
+        "behav_filter_side": st.sampled_from(["both", "advantage"]),
         "entropy_coef": st.sampled_from([0.0, 0.01]),
     }
 )
@@ -258,7 +261,9 @@ def test_behaviour_equal_to_proximal_is_ppo():
     assert torch.equal(decoupled[2], naive[2])
 
 
-@pytest.mark.parametrize("variant", ["plain", "clip_higher", "dual_clip", "weight_cap", "weight_mask", "filter", "naive", "cispo", "all"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "clip_higher", "dual_clip", "weight_cap", "weight_mask", "filter", "filter_moved", "naive", "cispo", "all"]
+)
 def test_token_gradient_is_that_of_the_loss(variant):
     x = make_inputs(16, 300)
     options = {"eps_clip": 0.2, **VARIANTS[variant]}

@@ -58,6 +58,7 @@ def test_wrong_tensors(name, backend):
         ("behav_imp_weight_level", {"behav_imp_weight_level": "batch"}),
         ("behav_filter_cap", {"behav_filter_cap": 0.9}),
         ("behav_filter_level", {"behav_filter_level": "batch"}),
+        ("behav_filter_side", {"behav_filter_side": "left"}),
         ("ratio_level", {"ratio_level": "batch"}),
         ("objective", {"objective": "reinforce"}),
         ("normalization", {"normalization": "mean"}),

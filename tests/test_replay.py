@@ -12,8 +12,10 @@ from test_trainer_engine import make_engine, rank_part
 from trainer_setup import make_batch, make_config, save_small_model
 
 from areal.cli import main
-from areal.config import DPOConfig, RefConfig
+from areal.config import CriticConfig, DPOConfig, RefConfig
+from areal.models.value_head import value_head_parameters
 from areal.preferences import make_dpo_batch
+from areal.trainer.critic import value_backward
 from areal.trainer.diagnosis import diagnose
 from areal.trainer.engine import NonFiniteGradients, RankMinibatch, TrainEngine
 from areal.trainer.failed_step import dump, failed_minibatch, load
@@ -193,6 +195,96 @@ def test_pairs_of_preferences_stay_together(model_folder, tmp_path, capsys):
     assert texts[0].startswith("reference log-prob (handed in) of sequence 0, ")
     assert texts[-1] == "alone not finite: sequence 0, 2, 4, 6"
     assert np.isfinite(good["loss"])
+
+
+def values_and_returns(batch, poison=None):
+    """Filled in; ``poison`` is the return of a loss token of sequence 1 in the last micro-batch."""
+    rng = np.random.default_rng(3)
+    for mb in (mb for m in batch.minibatches for turns in m.ranks for mb in turns):
+        mb.values, mb.returns = (np.where(mb.loss_mask, rng.standard_normal(mb.n_tokens), 0).astype(np.float32) for _ in range(2))
+    if poison is not None:
+        last = batch.minibatches[-1].ranks[0][-1]
+        last.returns[int(last.cu_seqlens[2]) - 1] = poison
+    return batch
+
+
+def with_critic(model_folder, tmp_path, **critic):
+    engine = make_engine(
+        model_folder,
+        tmp_path,
+        cls=lambda *a, **k: TrainEngine(*a, **k, critic=CriticConfig(**critic)),
+        max_nonfinite_steps=0,
+        reward_norm=None,
+    )
+    with torch.no_grad():  # a head that says something, and layers that are not the actor's
+        for p in value_head_parameters((engine.critic.model if engine.critic else engine.actor).model).values():
+            p.add_(torch.arange(p.numel()).view_as(p) / 10)
+        if engine.critic:
+            engine.critic.model.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    return engine
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_critic_of_its_own_is_dumped_with_its_layers(tmp_path, capsys, tied):
+    (tmp_path / "model").mkdir()
+    model_folder = save_small_model(tmp_path / "model", tie_word_embeddings=tied)
+    engine = with_critic(model_folder, tmp_path, eps_clip=0.3)
+    good, bad = values_and_returns(make_batch()), values_and_returns(make_batch(n_minibatches=2, capacity=120), poison=np.nan)
+    with pytest.raises(NonFiniteGradients, match="optimizer steps of the critic") as caught:
+        engine.train_step(rank_part(good), rank_part(bad))
+    assert dump(engine, caught.value, tmp_path / "step").endswith("begins")
+    code, told = findings(tmp_path / "step", capsys)
+    assert code == 1 and len(told["losses"]) == 1, "of two mini-batches the second was skipped"
+    texts = [f["what"] for f in told["findings"]]
+    assert texts[0].startswith("returns (handed in) of sequence 1, ") and texts[-1] == "alone not finite: sequence 1"
+
+    # Without the poison the same numbers come out.
+    minibatch, stats = rank_part(values_and_returns(make_batch(capacity=120)))[0], StepStats(engine.device)
+    for mb in minibatch.microbatches:
+        value_backward(engine.critic.model, engine.critic.config, to_device(mb, engine.device, 0), minibatch.denominator, stats)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.critic.model.model.parameters() if p.grad is not None]))
+    error = NonFiniteGradients("", "critic", [failed_minibatch(minibatch, [None] * len(minibatch.microbatches))])
+    dump(engine, error, tmp_path / "finite")
+    code, told = findings(tmp_path / "finite", capsys)
+    assert (code, told["findings"]) == (0, [])
+    assert told["losses"] == pytest.approx([float(stats.minibatch_loss)], rel=1e-5)
+    assert told["grad_norms"] == pytest.approx([norm], rel=1e-5)
+
+
+def test_critic_on_two_ranks(model_folder, tmp_path, capsys):
+    config = make_config(model_folder, tmp_path, backend="fsdp:d2", max_nonfinite_steps=0, reward_norm=None).new(critic=CriticConfig())
+    batch = values_and_returns(make_batch(capacity=80, world_size=2), poison=np.nan)
+    batch.critic_minibatches = batch.minibatches
+
+    async def run():
+        handle = await TrainerHandle.start(config, model_folder, tmp_path / "run")
+        try:
+            await handle.train_step(batch)
+        finally:
+            await handle.close()
+
+    with pytest.raises(WorkerFailed, match=r"steps of the critic.*areal replay-batch .*critic_000001"):
+        asyncio.run(run())
+    step = load(tmp_path / "run" / "replay" / "critic_000001")
+    assert [len(turns) for turns in step.minibatches[0].ranks] == [len(turns) for turns in batch.minibatches[0].ranks]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(load_file(step.weights / "model.safetensors")[name], load_file(model_folder / "model.safetensors")[name])
+    code, told = findings(tmp_path / "run", capsys)
+    last = len(batch.minibatches[0].ranks[0]) - 1
+    assert code == 1 and {f["where"] for f in told["findings"]} == {f"mini-batch 0, rank 0, micro-batch {last}"}
+
+
+def test_value_head_on_the_actors_layers_is_dumped_with_them(model_folder, tmp_path, capsys):
+    engine = with_critic(model_folder, tmp_path, shared=True)
+    with pytest.raises(NonFiniteGradients) as caught:
+        engine.train_step(rank_part(values_and_returns(make_batch(capacity=200), poison=np.inf)))
+    dump(engine, caught.value, tmp_path / "step")
+    step = load(tmp_path / "step")
+    assert step.critic.shared and set(step.value_head) == {"value_head.weight", "value_head.bias"}
+    np.testing.assert_array_equal(step.value_head["value_head.weight"], engine.model.value_head.weight.detach().numpy())
+    code, told = findings(tmp_path / "step", capsys)
+    assert code == 1
+    assert [f["what"] for f in told["findings"]][-1] == "alone not finite: sequence 1"
 
 
 # -- what else can go wrong ---------------------------------------------------------------------------------------------------------

@@ -187,5 +187,5 @@ def test_a_batch_without_loss_tokens():
 
 def test_estimators_at_their_edges():
     x, zero = np.array([0.0, 80.0, -80.0], np.float32), np.zeros(3, np.float32)
-    assert kl_estimate(x, zero, "k3").tolist() == pytest.approx([0.0, 79.0, math.exp(80) - 81])
+    assert kl_estimate(x, zero, "k3").tolist() == pytest.approx([0.0, 79.0, math.exp(20) - 21])
     assert kl_estimate(x + 1e-6, x, "k3")[0] == pytest.approx(0.5e-12, rel=1e-3)  # exp(-x) - 1 + x has no digit left there

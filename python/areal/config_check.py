@@ -191,11 +191,13 @@ def _check_sampling(config: GRPOConfig) -> None:
     if gconfig.temperature == 0:
         raise ConfigError("gconfig.temperature=0 always gives the same answer, so there is nothing to learn from", "use 1.0")
     norm = config.actor.reward_norm
-    if gconfig.n_samples == 1 and norm is not None and norm.mean_level in ("group", "leave_one_out"):
-        raise ConfigError(
-            f"gconfig.n_samples=1 with actor.reward_norm.mean_level='{norm.mean_level}' makes every advantage 0",
-            "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
-        )
+    levels = {} if norm is None else {"mean_level": norm.mean_level, "std_level": norm.std_level}
+    for key, level in levels.items():
+        if gconfig.n_samples == 1 and level in ("group", "leave_one_out"):
+            raise ConfigError(
+                f"gconfig.n_samples=1 with actor.reward_norm.{key}='{level}' makes every advantage 0",
+                "set gconfig.n_samples=8, or actor.reward_norm.mean_level=batch and std_level=batch",
+            )
 
 
 def _check_times(config: GRPOConfig) -> None:
@@ -360,8 +362,8 @@ def check_device(key: str, device: str) -> None:
         raise ConfigError(f"{key}='{device}', but the GPUs of this machine are cuda:0 to cuda:{n_gpus - 1}", f"set {key}=cuda:0")
 
 
-def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> None:
-    """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``."""
+def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> Mapping[str, Any]:
+    """Whether ``path`` is a Hugging Face model directory whose context is long enough for ``config``; returns the model's config."""
     file = Path(path).expanduser() / "config.json"
     if not file.parent.is_dir():
         way_out = (
@@ -378,3 +380,4 @@ def check_model_dir(key: str, path: str, config: GRPOConfig | None = None) -> No
         raise ConfigError(f"{key}: '{file}' cannot be read: {error}", "give the folder of a Hugging Face model") from None
     if config is not None:
         _check_model_limit(config, model, key)
+    return model

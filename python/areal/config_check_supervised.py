@@ -7,7 +7,7 @@ from pathlib import Path
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
 from areal.config_check import check_config, check_device_name, check_machine, check_model_dir, check_trainer_gpus
-from areal.config_check_trainer import check_peft
+from areal.config_check_trainer import check_heads, check_peft, check_same_vocabulary
 
 
 def check_sft_config(config: GRPOConfig) -> None:
@@ -57,7 +57,9 @@ def check_sft_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
 def check_dpo_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
     """As ``check_sft_machine``."""
     if config.ref.path:
-        check_model_dir("ref.path", config.ref.path)
+        check_heads(config, check_model_dir("ref.path", config.ref.path), "ref.path")
+        if config.actor.path:
+            check_same_vocabulary("ref.path", config.ref.path, config.actor.path)
     _check_machine(config, "train_dataset", config.train_dataset, given)
 
 
@@ -84,6 +86,8 @@ def _check_machine(config: GRPOConfig, key: str, dataset: DatasetConfig, given: 
     check_trainer_gpus(config)
     check_peft(config)
     if config.actor.path:
-        check_model_dir("actor.path", config.actor.path)
+        check_heads(config, check_model_dir("actor.path", config.actor.path), "actor.path")
+    elif config.actor.init_from_scratch is not None:
+        check_heads(config, config.actor.init_from_scratch, "actor.init_from_scratch")
     if dataset.type == "jsonl" and key not in given and not Path(dataset.path).expanduser().is_file():
         raise ConfigError(f"{key}.path: there is no file '{dataset.path}'", f"give {key}.path=FILE; relative paths start at {Path.cwd()}")

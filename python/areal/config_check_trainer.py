@@ -16,6 +16,8 @@ from areal.launcher.gpus import count_gpus
 def check_objective(config: GRPOConfig) -> None:
     """Keys of the policy's loss."""
     actor = config.actor
+    if actor.reward_scaling == 0:
+        raise ConfigError("actor.reward_scaling=0 makes every reward the same, so nothing is learned", "set actor.reward_scaling=1")
     _check_ratio(actor)
     _check_proximal(actor)
     _check_weights(actor)
@@ -41,7 +43,8 @@ def _check_proximal(actor: ActorConfig) -> None:
             "actor.prox_logp_method=loglinear stands in for the proximal policy, which only the decoupled loss has",
             "set actor.use_decoupled_loss=true, or actor.prox_logp_method=recompute",
         )
-    if actor.behav_filter_cap is not None and not actor.recompute_logprob:
+    # The default is no demand: naive PPO's own clip already bounds what has moved.
+    if actor.behav_filter_cap is not None and "behav_filter_cap" in actor.model_fields_set and not actor.recompute_logprob:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
@@ -82,8 +85,9 @@ def check_critic_and_reference(config: GRPOConfig, longest: int) -> None:
 def _check_kl(config: GRPOConfig) -> None:
     if config.uses_ref:
         return
-    if config.actor.kl_in == "reward":
-        raise ConfigError("actor.kl_in=reward has no effect with actor.kl_ctl=0", "set actor.kl_ctl=0.001, or remove actor.kl_in")
+    for key in ("kl_in", "kl_estimator"):
+        if (value := getattr(config.actor, key)) != ActorConfig.model_fields[key].default:
+            raise ConfigError(f"actor.{key}={value} has no effect with actor.kl_ctl=0", f"set actor.kl_ctl=0.001, or remove actor.{key}")
     if config.ref != RefConfig():
         raise ConfigError("ref.* is set, but with actor.kl_ctl=0 there is no reference model", "set actor.kl_ctl=0.001, or remove ref")
 
@@ -219,10 +223,9 @@ def check_overlong(config: GRPOConfig) -> None:
     """Keys of the penalty for long answers."""
     actor, longest = config.actor, config.gconfig.max_new_tokens
     if not actor.overlong_reward_penalty:
-        if actor.overlong_tokens:
-            raise ConfigError(
-                f"actor.overlong_tokens={actor.overlong_tokens} has no effect", "set actor.overlong_reward_penalty=true, or remove it"
-            )
+        for key in ("overlong_tokens", "overlong_penalty_factor"):
+            if (value := getattr(actor, key)) != ActorConfig.model_fields[key].default:
+                raise ConfigError(f"actor.{key}={value:g} has no effect", "set actor.overlong_reward_penalty=true, or remove it")
         return
     if not 0 < actor.overlong_tokens <= longest:
         raise ConfigError(

@@ -200,6 +200,7 @@ def _explain(error: ErrorDetails, config_class: type[BaseModel]) -> tuple[str, s
 _WANTED = {
     "int": "a whole number",
     "float": "a number",
+    "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
     "list": "a list",

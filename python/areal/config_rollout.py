@@ -45,7 +45,9 @@ def parse_rollout_backend(backend: str) -> RolloutLayout:
 class Section(BaseModel):
     """A part of the tree: immutable, without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     def new(self, **changes: Any) -> Self:
         """A validated copy with some keys changed."""

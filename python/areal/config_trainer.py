@@ -192,10 +192,13 @@ class ActorConfig(TrainEngineConfig):
     """A weight above its cap becomes the cap (truncated importance sampling), or 0 (masked)."""
     behav_imp_weight_level: Literal["token", "sequence"] = "token"
     """The weight of a token, or the product over its sequence."""
-    behav_filter_cap: float | None = Field(None, gt=1)
-    """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap]; none = off."""
+    behav_filter_cap: float | None = Field(2.0, gt=1)
+    """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap], by behav_filter_side; none = off. Naive PPO has no such ratio."""
     behav_filter_level: Literal["token", "sequence"] = "token"
     """Mask single tokens, or whole sequences by the geometric mean of their ratios."""
+    behav_filter_side: Literal["advantage", "both"] = "advantage"
+    """advantage: mask above the range only where the advantage is positive, and below it only where it is negative, so that what pulls a
+    policy back that went too far stays; both: mask all that is outside."""
     reward_scaling: float = 1.0
     """r -> (r + reward_bias) * reward_scaling."""
     reward_bias: float = 0.0

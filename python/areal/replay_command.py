@@ -84,21 +84,29 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def _diagnose(step: FailedStep, device: torch.device) -> Diagnosis:
     """On one rank in this process."""
+    import torch
     import torch.distributed as dist
 
     from areal.config import TrainerLayout
+    from areal.models.value_head import value_head_parameters
     from areal.trainer.diagnosis import diagnose
     from areal.trainer.engine import TrainEngine
     from areal.trainer.mesh import RankMesh
+    from areal.trainer.sharding import local_part
 
     # Adapters are merged into the weights, and nothing else of the configuration changes loss and gradients.
     actor = step.actor.model_copy(update={"backend": "fsdp:d1", "lora": None, "offload": False})
+    critic = None if step.critic is None else step.critic.model_copy(update={"path": "", "shared": True})
     with tempfile.TemporaryDirectory(prefix="areal-") as scratch:
         if actor.dtype != "float32":
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=0, world_size=1)
         try:
-            engine = TrainEngine(step.weights, actor, temperature=step.temperature, mesh=RankMesh(device, 0, TrainerLayout(1)))
+            mesh = RankMesh(device, 0, TrainerLayout(1))
+            engine = TrainEngine(step.weights, actor, temperature=step.temperature, mesh=mesh, critic=critic)
+            with torch.no_grad():
+                for name, parameter in value_head_parameters(engine.model).items():
+                    local_part(parameter).copy_(torch.from_numpy(step.value_head[name]))
             return diagnose(engine, step)
         finally:
             if dist.is_initialized():

@@ -91,7 +91,7 @@ def policy_loss(
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
-    """``returns.kl_estimate`` of KL(current || ref), one a token, with a gradient; x = logprobs - ref_logprobs is clamped to +-20.
+    """``returns.kl_estimate`` of KL(current || ref), one a token, with a gradient; x = logprobs - ref_logprobs.
 
     The gradient of a good estimate need not be a good estimate of the gradient, which is E[x * d(logprob)]: the distribution the tokens
     come from moves too.
@@ -100,11 +100,16 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     - k2 has it by itself: d(x^2 / 2) = x. k1 and k2 differ in the value they report, of which k1's has no bias.
     - k3 has 1 - exp(-x): that is the gradient of KL(ref || current), with the same minimum. It is close to x where the policies are, and
       small in variance; GRPO (arXiv 2402.03300) uses it so.
+
+    Far from the reference the pull stays: beyond +-20 k1 and k2 have the gradient that they have there, and k2 grows linearly. Only k3, which
+    would overflow, ends: below -20 it is that of -20, without a gradient.
     """
-    x = (logprobs - ref_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    x = logprobs - ref_logprobs
     if estimator == "k3":
+        x = x.clamp(min=-MAX_LOG_RATIO)
         return torch.expm1(-x) + x
-    square = x.square() / 2
+    bound = x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    square = bound * (x - bound / 2)  # x^2 / 2 within the bound
     return square if estimator == "k2" else x.detach() + (square - square.detach())
 
 

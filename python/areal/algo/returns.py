@@ -16,20 +16,23 @@ import torch
 from numpy.typing import NDArray
 
 from areal.ops.gae import gae
+from areal.ops.ppo_token import MAX_LOG_RATIO
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
 def kl_estimate(logprobs: Floats, ref_logprobs: Floats, estimator: Literal["k1", "k2", "k3"]) -> NDArray[np.float64]:
     """Of the KL of each token from its two log-probs, whose difference is x (http://joschu.net/blog/kl-approx.html):
-    k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x."""
+    k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x; beyond +-20 k2 grows linearly, and k3 does not grow below -20."""
     x = logprobs.astype(np.float64) - ref_logprobs
+    bound = x.clip(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     match estimator:
         case "k1":
             return x
         case "k2":
-            return x**2 / 2
+            return bound * (x - bound / 2)
         case "k3":
+            x = np.maximum(x, bound)
             return np.expm1(-x) + x
 
 

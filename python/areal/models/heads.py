@@ -137,8 +137,7 @@ def packed_ppo_loss(
     options |= {"denominator": denominator, "normalization": normalization}
     of_sequences = any(options.get(level) == "sequence" for level in _LEVELS)
     if of_sequences or normalization == "sequence":
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
-        options["cu_seqlens"] = torch.searchsorted(rows, ends, out_int32=True)
+        options["cu_seqlens"] = _ends_in_rows(rows, lengths)
         of_sequences |= part is not None  # whose own rows do not tell how long a sequence is
     if head.is_product and inputs.is_fused and not of_sequences:
         mask = torch.ones_like(own, dtype=torch.bool)
@@ -156,6 +155,12 @@ def packed_ppo_loss(
         value_loss, sums = value_terms(model, hidden, own, values)
         result = result._replace(loss=result.loss + value_loss, stats={**result.stats, **_whole_sums(sums, part)})
     return result
+
+
+def _ends_in_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """int32 [n + 1]: where each sequence starts among the loss tokens ``rows``, and how many those are."""
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], device=rows.device)
+    return torch.searchsorted(rows, ends, out_int32=True)
 
 
 def _whole(x: Tensor, part: ContextPart | None) -> Tensor:

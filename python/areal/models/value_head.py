@@ -52,3 +52,8 @@ def value_terms(model: PreTrainedModel, hidden: Tensor, rows: Tensor, inputs: Va
 def policy_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are the policy's: all but those of the value head, which rollout servers and checkpoints of the policy lack."""
     return {name: p for name, p in model.named_parameters() if not name.startswith(f"{_NAME}.")}
+
+
+def value_head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of the value head, by name; none where the model has no such head."""
+    return {name: p for name, p in model.named_parameters() if name.startswith(f"{_NAME}.")}

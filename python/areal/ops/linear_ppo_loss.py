@@ -65,6 +65,7 @@ def linear_ppo_loss(
     behav_imp_weight_level: Literal["token"] = "token",
     behav_filter_cap: float | None = None,
     behav_filter_level: Literal["token"] = "token",
+    behav_filter_side: Literal["both", "advantage"] = "both",
     normalization: Literal["token", "sequence", "fixed"] = "token",
     fixed_length: float | None = None,
     entropy_coef: float = 0.0,
@@ -98,7 +99,16 @@ def linear_ppo_loss(
     levels = {"ratio_level": ratio_level, "behav_imp_weight_level": behav_imp_weight_level, "behav_filter_level": behav_filter_level}
     _check(hidden, weight, targets, proximal_logprobs, behavior_logprobs, advantages, loss_mask, temperature, levels)
     parameters = ppo_parameters(
-        _OP, eps_clip, eps_clip_higher, c_clip, objective, decoupled, behav_imp_weight_cap, behav_imp_weight_mode, behav_filter_cap
+        _OP,
+        eps_clip,
+        eps_clip_higher,
+        c_clip,
+        objective,
+        decoupled,
+        behav_imp_weight_cap,
+        behav_imp_weight_mode,
+        behav_filter_cap,
+        behav_filter_side,
     )
     budget = memory_budget_for(_OP, hidden.device, memory_budget)
     which = choose(_OP, hidden, backend, has=("torch", "cpp", "triton"))
@@ -135,6 +145,7 @@ def linear_ppo_loss(
         behav_imp_weight_cap=behav_imp_weight_cap,
         behav_imp_weight_mode=behav_imp_weight_mode,
         behav_filter_cap=behav_filter_cap,
+        behav_filter_side=behav_filter_side,
         normalization=normalization,
         fixed_length=fixed_length,
         entropy=entropy,
@@ -243,9 +254,8 @@ def _forward(
     chunks = LogitChunks(hidden, weight, budget)
     gradients = HeadGradients(chunks, needs_hidden=needs_hidden, needs_weight=needs_weight)
     run = {"torch": _rows_torch, "cpp": _rows_cpp, "triton": _rows_triton}[backend]
-    cispo, decoupled, mask_weights = (bool(x) for x in parameters[6:])
     lower, upper, c_clip, weight_cap, filter_lower, filter_upper = parameters[:6]
-    parsed = PPOParameters(lower, upper, c_clip, weight_cap, filter_lower, filter_upper, cispo, decoupled, mask_weights)
+    parsed = PPOParameters(lower, upper, c_clip, weight_cap, filter_lower, filter_upper, *(bool(x) for x in parameters[6:]))
     temperature, entropy_coef = scalars
     wanted = needs_hidden or needs_weight
     logits = None

@@ -65,9 +65,10 @@ class PPOStatistics(Mapping[str, Tensor]):
 # Bits of the compiled op's `flags`, as in csrc/bind_ppo_loss.cpp; _WANTS_* are for this side alone.
 _CISPO, _DECOUPLED, _MASK_WEIGHTS = 1, 2, 4
 _SEQUENCE_RATIO, _SEQUENCE_WEIGHT, _SEQUENCE_FILTER, _SEQUENCE_MEAN = 8, 16, 32, 64
+_FILTER_BY_ADVANTAGE = 128
 _OF_SEQUENCES = _SEQUENCE_RATIO | _SEQUENCE_WEIGHT | _SEQUENCE_FILTER | _SEQUENCE_MEAN
-_WANTS_GRADIENT, _WANTS_ENTROPY_GRADIENT = 128, 256
-_FLOAT_MASK = 512
+_WANTS_GRADIENT, _WANTS_ENTROPY_GRADIENT = 256, 512
+_FLOAT_MASK = 1024
 _N_GRADIENTS = (0, 1, 1, 2)  # by the two bits of _WANTS_*
 
 _N_STATISTICS = len(STATISTICS)
@@ -98,6 +99,7 @@ def ppo_loss(
     behav_imp_weight_level: Level = "token",
     behav_filter_cap: float | None = None,
     behav_filter_level: Level = "token",
+    behav_filter_side: Literal["both", "advantage"] = "both",
     normalization: Literal["token", "sequence", "fixed"] = "token",
     fixed_length: float | None = None,
     entropy: Tensor | None = None,
@@ -123,7 +125,9 @@ def ppo_loss(
       normalisation). Level ``sequence``: w is the product over the sequence's loss tokens, with its log clamped like a token's: the
       unbiased weight of a whole sequence.
     - ``behav_filter_cap``: tokens whose proximal / behaviour leaves [1/cap, cap] give no loss; the denominator stays. Level ``sequence``:
-      whole sequences, by the geometric mean. Weight and filter are independent.
+      whole sequences, by the geometric mean. Weight and filter are independent. ``behav_filter_side="advantage"``: above the range only
+      tokens with a positive advantage go, below it those with a negative one: what has moved far already the way it is told to. The
+      others are what pulls back a policy that went too far.
     - ``normalization``: m is 1 (``token``: DAPO), 1 / loss tokens of the sequence (``sequence``: GRPO, arXiv 2402.03300; the denominator
       then counts sequences), or 1 / ``fixed_length`` (``fixed``: Dr. GRPO, arXiv 2503.20783).
     - ``entropy``, ``entropy_coef``: adds -entropy_coef / denominator * sum_t m_t * entropy_t.
@@ -137,7 +141,17 @@ def ppo_loss(
     """
     tracing = torch.compiler.is_compiling()
     plan = (_plan.__wrapped__ if tracing else _plan)(  # torch.compile warns of the cache, and looks through it
-        (eps_clip, eps_clip_higher, c_clip, objective, decoupled, behav_imp_weight_cap, behav_imp_weight_mode, behav_filter_cap),
+        (
+            eps_clip,
+            eps_clip_higher,
+            c_clip,
+            objective,
+            decoupled,
+            behav_imp_weight_cap,
+            behav_imp_weight_mode,
+            behav_filter_cap,
+            behav_filter_side,
+        ),
         (ratio_level, behav_imp_weight_level, behav_filter_level),
         normalization,
         fixed_length,
@@ -205,8 +219,9 @@ def _plan(
         raise ValueError(f"ppo_loss: fixed_length is {fixed_length}; normalization='fixed', and no other, needs it, above 0")
     p = ppo_parameters("ppo_loss", *token)
     ratio, weight, filtered = (level == "sequence" for level in levels)
-    weight, filtered = weight and p.decoupled, filtered and token[-1] is not None  # else they have no effect
+    weight, filtered = weight and p.decoupled, filtered and token[-2] is not None  # else they have no effect
     flags = p.cispo * _CISPO | p.decoupled * _DECOUPLED | p.mask_weights * _MASK_WEIGHTS
+    flags |= p.filter_by_advantage * _FILTER_BY_ADVANTAGE
     flags |= ratio * _SEQUENCE_RATIO | weight * _SEQUENCE_WEIGHT | filtered * _SEQUENCE_FILTER
     flags |= (normalization == "sequence") * _SEQUENCE_MEAN
     length = 1.0 if fixed_length is None else float(fixed_length)
@@ -313,7 +328,7 @@ def _implementation(
             triton_kernels("ppo_loss").ppo_loss(*inputs, own, of_entropy, loss, results[-_N_STATISTICS:], numbers, scale, flags)
         return loss, results
     gradient = results.data_ptr()
-    sums = gradient + 4 * n_tokens * _N_GRADIENTS[flags >> 7 & 3]
+    sums = gradient + 4 * n_tokens * _N_GRADIENTS[flags >> 8 & 3]
     addresses = [
         logprobs.data_ptr(),
         proximal.data_ptr(),
@@ -360,7 +375,7 @@ def _workspace(device: torch.device, stream: int, n: int) -> Tensor:
 def _results(logprobs: Tensor, n_tokens: int, flags: int, real: bool) -> tuple[Tensor, Tensor]:
     """Empty: the loss [], and in one tensor the wanted gradients one after the other [0, T or 2 T], then the 13 sums."""
     loss = torch.empty_like(_SCALAR) if real and logprobs.is_cpu else logprobs.new_empty(())  # the former is quicker
-    return loss, logprobs.new_empty(_N_GRADIENTS[flags >> 7 & 3] * n_tokens + _N_STATISTICS)
+    return loss, logprobs.new_empty(_N_GRADIENTS[flags >> 8 & 3] * n_tokens + _N_STATISTICS)
 
 
 def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class PPOParameters(NamedTuple):
     decoupled: bool
     mask_weights: bool
     """A weight above its cap becomes 0 instead of the cap."""
+    filter_by_advantage: bool
+    """Tokens above the filter's range go only where the advantage is positive, those below it only where it is negative."""
 
 
 def ppo_parameters(
@@ -48,6 +50,7 @@ def ppo_parameters(
     behav_imp_weight_cap: float | None = None,
     behav_imp_weight_mode: Literal["truncate", "mask"] = "truncate",
     behav_filter_cap: float | None = None,
+    behav_filter_side: Literal["both", "advantage"] = "both",
 ) -> PPOParameters:
     """From the arguments of ``ppo_loss``; ``ValueError`` naming ``op`` and the argument for one out of range."""
     higher = eps_clip if eps_clip_higher is None else eps_clip_higher
@@ -62,6 +65,7 @@ def ppo_parameters(
             raise ValueError(f"{op}: {name} is {value}; it must be at least {least:g}")
     choice(op, "objective", objective, "ppo", "cispo")
     choice(op, "behav_imp_weight_mode", behav_imp_weight_mode, "truncate", "mask")
+    choice(op, "behav_filter_side", behav_filter_side, "both", "advantage")
     return PPOParameters(
         lower=1.0 - eps_clip,
         upper=1.0 + higher,
@@ -72,6 +76,7 @@ def ppo_parameters(
         cispo=objective == "cispo",
         decoupled=bool(decoupled),
         mask_weights=behav_imp_weight_mode == "mask",
+        filter_by_advantage=behav_filter_side == "advantage",
     )
 
 
@@ -117,6 +122,14 @@ class PPOTerm(NamedTuple):
     """The weight was above its cap."""
 
 
+def filtered(p: PPOParameters, filter_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Bool: proximal / behaviour is out of the filter's range, on the side that is looked at."""
+    above, below = filter_ratio > p.filter_upper, filter_ratio < p.filter_lower
+    if p.filter_by_advantage:
+        above, below = above & (advantages > 0), below & (advantages < 0)
+    return above | below
+
+
 def ppo_term(
     p: PPOParameters, counted: Tensor, logprobs: Tensor, advantages: Tensor, ratio: Tensor, weight_ratio: Tensor, filter_ratio: Tensor
 ) -> PPOTerm:
@@ -127,9 +140,8 @@ def ppo_term(
     weight = weight_ratio if p.decoupled else torch.ones_like(weight_ratio)
     heavy = weight > p.weight_cap
     weight = torch.where(heavy, 0.0 if p.mask_weights else p.weight_cap, weight)
-    kept = counted & ~((filter_ratio > p.filter_upper) | (filter_ratio < p.filter_lower))
-
     advantages = torch.where(counted, advantages, 0.0)
+    kept = counted & ~filtered(p, filter_ratio, advantages)
     above, below = ratio > p.upper, ratio < p.lower
     clipped = torch.where(above, p.upper, torch.where(below, p.lower, ratio)) * advantages
     dual = torch.zeros_like(counted)

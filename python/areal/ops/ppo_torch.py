@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from areal.ops.ppo_token import MAX_LOG_RATIO, PPOParameters, log_ratio, ppo_term
+from areal.ops.ppo_token import MAX_LOG_RATIO, PPOParameters, filtered, log_ratio, ppo_term
 
 
 class PPOOptions(NamedTuple):
@@ -70,8 +70,7 @@ def ppo_loss_torch(
             weights = weights / n
     if math.isfinite(p.filter_upper) and (options.sequence_filter or not options.sequence_ratio):
         # Nothing depends on a filtered token (or sequence): the 0 that comes back to it must not become 0 * NaN in the gradient of exp.
-        dropped = (filter_ratio > p.filter_upper) | (filter_ratio < p.filter_lower)
-        logprobs = torch.where(dropped, logprobs.detach(), logprobs)
+        logprobs = torch.where(filtered(p, filter_ratio, advantages), logprobs.detach(), logprobs)
     moved = log_ratio(logprobs, proximal if p.decoupled else behavior.detach(), counted)
     ratio = moved.ratio
     if sequences is not None and options.sequence_ratio:

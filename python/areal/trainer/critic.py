@@ -36,12 +36,15 @@ class Critic:
 
     def __init__(self, model_dir: str | Path, config: CriticConfig, mesh: RankMesh, dtype: torch.dtype) -> None:
         self.config = config
+        self.model_dir = Path(model_dir)
         self.model = RankModel(
             model_dir, mesh, dtype, gradient_checkpointing=config.gradient_checkpointing, offload=config.offload, head="values"
         )
         self.model.set_optimizer(config.optimizer)
         self.train_steps = 0
         self.nonfinite_in_a_row = 0
+        self.skipped: list[int] = []
+        """Mini-batches of the last train step that were skipped since the weights last changed."""
 
     def train_step(self, minibatches: Sequence[ValueMinibatch], of_step: StepStats) -> dict[str, Any]:
         """An optimizer step for each mini-batch, in order; what it costs goes into the meters of ``of_step``.
@@ -51,15 +54,17 @@ class Critic:
         mesh = self.model.mesh
         stats = StepStats(mesh.device, counts=mesh.counts, meter=of_step.meter)
         lr_scale = min(1.0, (self.train_steps + 1) / max(1, self.config.optimizer.warmup_steps))
-        for minibatch in minibatches:
+        self.skipped.clear()
+        for index, minibatch in enumerate(minibatches):
             for x in minibatch.inputs:
                 with stats.phase("forward"):
-                    self._backward(x, minibatch.denominator, stats)
+                    value_backward(self.model, self.config, x, minibatch.denominator, stats)
                 of_step.add_flops(self.model.flops_of(x, training=True))
             with stats.phase("optimizer"):
                 step = self.model.optimizer_step(lr_scale, stats.minibatch_loss)
             stats.add_step(*step)
             self.nonfinite_in_a_row = 0 if step.finite else self.nonfinite_in_a_row + 1
+            self.skipped = [] if step.finite else [*self.skipped, index]
         self.train_steps += 1
         result = stats.result(mesh.world_size, len(minibatches))
         return {
@@ -69,13 +74,15 @@ class Critic:
             "critic_skipped_nonfinite": result["skipped_nonfinite"],
         }
 
-    def _backward(self, x: Inputs, denominator: float, stats: StepStats) -> None:
-        old, returns = (t.index_select(0, x.rows) for t in _targets(x))
-        values = self.model.values(x).index_select(0, x.rows)
-        loss, sums = value_loss(values, old, returns, eps_clip=self.config.eps_clip, denominator=denominator)
-        with stats.phase("backward"):
-            loss.backward()
-        stats.add({**sums, "loss": loss.detach(), "n_tokens": x.loss_mask.sum().float()})
+
+def value_backward(model: RankModel, config: CriticConfig, x: Inputs, denominator: float, stats: StepStats) -> None:
+    """Adds to the gradients those of the value loss alone; ``denominator``: loss tokens of the mini-batch over all ranks."""
+    old, returns = (t.index_select(0, x.rows) for t in _targets(x))
+    values = model.values(x).index_select(0, x.rows)
+    loss, sums = value_loss(values, old, returns, eps_clip=config.eps_clip, denominator=denominator)
+    with stats.phase("backward"):
+        loss.backward()
+    stats.add({**sums, "loss": loss.detach(), "n_tokens": x.loss_mask.sum().float()})
 
 
 def value_inputs(x: Inputs, critic: CriticConfig | None, denominator: float) -> ValueInputs | None:

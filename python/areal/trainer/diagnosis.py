@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from areal.trainer.critic import value_backward
 from areal.trainer.dpo import dpo_backward
 from areal.trainer.engine import RankMinibatch, TrainEngine
 from areal.trainer.failed_step import FailedMinibatch, FailedStep
@@ -41,7 +42,10 @@ class Diagnosis:
 
 
 def diagnose(engine: TrainEngine, step: FailedStep) -> Diagnosis:
-    """Computes the mini-batches of ``step`` again, micro-batch by micro-batch, with the weights that ``engine`` has; it makes no step."""
+    """Computes the mini-batches of ``step`` again, micro-batch by micro-batch, with the weights that ``engine`` has; it makes no step.
+
+    Where a critic is concerned ``engine`` has it on its actor's layers, which are the critic's own if it was that which failed.
+    """
     result = Diagnosis()
     engine.version = step.version
     for name, p in engine.model.named_parameters():
@@ -84,9 +88,11 @@ class _Replay:
             return found
         found += seen.forward[:1]
         if not seen.forward:
-            logprobs = self._engine.actor.frozen_logprobs([x], self._engine.temperature)[0]
-            if (token := _first_bad(logprobs)) is not None:
-                found.append(f"log-prob of {_place(x.lengths, token)}")
+            actor = self._engine.actor
+            of_values = self._step.kind == "critic"
+            scores = actor.frozen_values([x]) if of_values else actor.frozen_logprobs([x], self._engine.temperature)
+            if (token := _first_bad(scores[0])) is not None:
+                found.append(f"{'value' if of_values else 'log-prob'} of {_place(x.lengths, token)}")
         if not np.isfinite(self.loss):
             found.append(f"the loss is {self.loss:g}")
         if bad_gradients:
@@ -139,7 +145,10 @@ def _backward(
     engine: TrainEngine, step: FailedStep, minibatch: FailedMinibatch, x: Inputs, known: NDArray[np.float32] | None, stats: StepStats
 ) -> None:
     tensor = None if known is None else torch.from_numpy(known).to(engine.device)
-    if step.kind == "sft":
+    if step.kind == "critic":
+        assert engine.shared_critic is not None
+        value_backward(engine.actor, engine.shared_critic, x, minibatch.denominator, stats)
+    elif step.kind == "sft":
         sft_backward(engine.actor, x, minibatch.denominator, stats)
     elif step.kind == "dpo":
         assert step.preferences is not None and tensor is not None

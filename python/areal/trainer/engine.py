@@ -224,10 +224,12 @@ class TrainEngine:
         stats = critic.train_step(inputs, of_step)
         of_step.span("training", begin, time.time())
         if critic.nonfinite_in_a_row > self.config.max_nonfinite_steps:
+            skipped = [minibatches[index] for index in critic.skipped]
             raise NonFiniteGradients(
                 f"{critic.nonfinite_in_a_row} optimizer steps of the critic in a row had gradients that are not finite "
                 f"(actor.max_nonfinite_steps={self.config.max_nonfinite_steps}); lower critic.optimizer.lr, or look at the rewards",
                 "critic",
+                [failed_minibatch(m, [None] * len(m.microbatches)) for m in skipped],
             )
         return stats
 

@@ -1,9 +1,10 @@
 """A train step whose numbers were not finite, kept for ``areal replay-batch``: what it was computed from, written beside the run.
 
 folder/
-    replay.json      the actor's configuration, temperature, policy version, and the mini-batches with their denominators
-    batch.npz        the micro-batches of all ranks: MINIBATCH.RANK.TURN.FIELD
-    weights/         a Hugging Face checkpoint. A step that is not finite is skipped, so these are the weights that it was computed with
+    replay.json      the configuration of actor and critic, temperature, policy version, and the mini-batches with their denominators
+    batch.npz        the micro-batches of all ranks: MINIBATCH.RANK.TURN.FIELD; the value head of a critic: value_head.NAME
+    weights/         a Hugging Face checkpoint. A step that is not finite is skipped, so these are the weights that it was computed with;
+                     where it was the critic's they are those of its layers
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from areal.config import ActorConfig, DPOConfig
+from areal.config import ActorConfig, CriticConfig, DPOConfig
+from areal.models.value_head import value_head_parameters
 from areal.trainer.checkpoint import write_checkpoint
+from areal.trainer.shard_loading import persistent_buffers
+from areal.trainer.sharding import full_tensor
 from areal.types import Microbatch
 
 if TYPE_CHECKING:
     from areal.trainer.engine import RankMinibatch, TrainEngine
+    from areal.trainer.model import RankModel
 
 _KNOWN = "known"
 
@@ -51,7 +57,7 @@ class NonFiniteGradients(RuntimeError):
     def __init__(self, message: str, kind: str, minibatches: Sequence[FailedMinibatch] = (), preferences: DPOConfig | None = None) -> None:
         super().__init__(message)
         self.kind = kind
-        """ppo, sft or dpo; critic, which is not dumped."""
+        """ppo, sft, dpo, or critic: one with layers of its own."""
         self.minibatches = list(minibatches)
         """Those of the last train step that were skipped, this rank's part."""
         self.preferences = preferences
@@ -67,20 +73,27 @@ class FailedStep:
     kind: str
     minibatches: list[FailedMinibatch]
     preferences: DPOConfig | None = None
+    critic: CriticConfig | None = None
+    value_head: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Its parameters by name, where there is a critic on the layers of ``weights``."""
     weights: Path = field(default_factory=Path)
 
 
 def dump(engine: TrainEngine, error: NonFiniteGradients, folder: Path) -> str:
     """Writes ``folder``, whole or not at all; a collective. Returns what to tell about it, on all ranks; a full disk is told there too."""
-    weights = engine.snapshot()
+    critic = engine.critic if error.kind == "critic" else None
+    model, source = (engine.actor, engine.model_dir) if critic is None else (critic.model, critic.model_dir)
+    weights = engine.snapshot() if critic is None else _layers(critic.model)
+    head = {name: full_tensor(p).float().cpu().numpy() for name, p in value_head_parameters(model.model).items()}
     gathered = _gather(engine, error.minibatches)
     text = ""
     if gathered is not None and weights is not None:
-        step = FailedStep(engine.config, engine.temperature, engine.version, error.kind, gathered, error.preferences)
+        critic_config = engine.shared_critic if critic is None else critic.config
+        step = FailedStep(engine.config, engine.temperature, engine.version, error.kind, gathered, error.preferences, critic_config, head)
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            write_checkpoint(partial / "weights", engine.template, weights, engine.model_dir)
+            write_checkpoint(partial / "weights", model.template, weights, source)
             _write(step, partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -93,6 +106,19 @@ def dump(engine: TrainEngine, error: NonFiniteGradients, folder: Path) -> str:
         dist.broadcast_object_list(said, src=0)
         text = said[0]
     return text
+
+
+def _layers(model: RankModel) -> dict[str, Tensor] | None:
+    """All weights of a value model, whole, and zeros for the head that it lost; a collective, None on ranks other than 0."""
+    weights = {}
+    for name, weight in model.weights():
+        if model.mesh.rank == 0:
+            weights[name] = weight.detach().to("cpu", model.dtype, copy=True)
+    if model.mesh.rank != 0:
+        return None
+    weights |= {name: b.detach().to("cpu", copy=True) for name, b in persistent_buffers(model.model).items()}
+    lost = {name: p for name, p in model.template.named_parameters() if name not in weights}
+    return weights | {name: torch.zeros(p.shape, dtype=model.dtype) for name, p in lost.items()}
 
 
 def _gather(engine: TrainEngine, own: list[FailedMinibatch]) -> list[FailedMinibatch] | None:
@@ -108,7 +134,7 @@ def _gather(engine: TrainEngine, own: list[FailedMinibatch]) -> list[FailedMinib
 
 
 def _write(step: FailedStep, folder: Path) -> None:
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = dict(step.value_head)
     for m, minibatch in enumerate(step.minibatches):
         for r, (microbatches, of_each) in enumerate(zip(minibatch.ranks, minibatch.known, strict=True)):
             for t, (microbatch, known) in enumerate(zip(microbatches, of_each, strict=True)):
@@ -121,6 +147,7 @@ def _write(step: FailedStep, folder: Path) -> None:
         "temperature": step.temperature,
         "actor": step.actor.model_dump(mode="json"),
         "preferences": None if step.preferences is None else step.preferences.model_dump(mode="json"),
+        "critic": None if step.critic is None else step.critic.model_dump(mode="json"),
         "minibatches": [
             {
                 "denominator": m.denominator,
@@ -144,10 +171,13 @@ def load(folder: Path) -> FailedStep:
             ranks = [[_read(arrays, f"{m}.{r}.{t}.") for t in range(n)] for r, n in enumerate(turns)]
             known = [[arrays.get(f"{m}.{r}.{t}.{_KNOWN}") for t in range(n)] for r, n in enumerate(turns)]
             minibatches.append(FailedMinibatch(about["denominator"], about["policy_denominator"], about["progress"], ranks, known))
+        head = {name: arrays[name] for name in arrays.files if name.startswith("value_head.")}
     # Where the model came from is of no interest any more: it is loaded from the folder.
     actor = ActorConfig.model_validate({**facts["actor"], "path": str(folder / "weights"), "init_from_scratch": None})
     preferences = None if facts["preferences"] is None else DPOConfig.model_validate(facts["preferences"])
-    return FailedStep(actor, facts["temperature"], facts["version"], facts["kind"], minibatches, preferences, folder / "weights")
+    critic = None if facts["critic"] is None else CriticConfig.model_validate(facts["critic"])
+    temperature, version, kind = (facts[key] for key in ("temperature", "version", "kind"))
+    return FailedStep(actor, temperature, version, kind, minibatches, preferences, critic, head, folder / "weights")
 
 
 def _read(arrays: Any, prefix: str) -> Microbatch:
@@ -155,7 +185,7 @@ def _read(arrays: Any, prefix: str) -> Microbatch:
     return Microbatch(**{**found, "members": found["members"].tolist()})
 
 
-def failed_minibatch(minibatch: RankMinibatch, known: Sequence[Tensor | None], progress: float) -> FailedMinibatch:
+def failed_minibatch(minibatch: RankMinibatch, known: Sequence[Tensor | None], progress: float = 0.0) -> FailedMinibatch:
     """This rank's part of one, with ``known`` of each micro-batch (without what a context rank added to it)."""
     arrays = [
         None if k is None else k[: mb.n_tokens].detach().float().cpu().numpy() for mb, k in zip(minibatch.microbatches, known, strict=True)
