@@ -166,6 +166,23 @@ def test_gradients_are_those_of_whole_logits(results, name, world_size):
             assert relative_difference({"w": gradients[parameter]}, {"w": expected[name][parameter]}) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("tie", "sentence"),
+    [
+        (lambda m: setattr(m.model.layers[1].mlp.up_proj, "weight", m.model.layers[0].mlp.up_proj.weight), "layers 0 and 1 share 'mlp.up_proj.weight'"),
+        (lambda m: setattr(m.model.norm, "weight", m.model.layers[1].input_layernorm.weight), "'weight' is shared with layer 1"),
+    ],
+    ids=["two layers", "layer and root"],
+)  # fmt: skip
+def test_weights_that_would_be_untied_are_refused(tie, sentence):
+    """Before anything is sharded: a parameter of two FSDP units becomes two, or ends in torch's own error."""
+    model = build("untied")
+    tie(model)
+    with pytest.raises(ValueError, match=f"Qwen2ForCausalLM: {sentence}; train on one rank"):
+        shard_model(model, None, torch.float32)
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_silent_mistakes_are_refused(results, world_size):
     sharded, cast = results[1][world_size][1]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from areal.models.attention import AttentionSpec, PackedContext
+from areal.models.attention import AttentionSpec, PackedContext, areal_attention
 from areal.models.heads import packed_logprobs
-from areal.models.loading import create_model, load_model, meta_template, save_model
+from areal.models.loading import create_model, empty_model, load_model, meta_template, save_model
 from areal.models.packed import _scored_attention
 from areal.models.prefix import find_shared_prompts
 
@@ -249,6 +249,36 @@ def test_no_rows_still_reaches_every_parameter():
     logprobs, _ = packed_logprobs(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), [1])
     logprobs.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "sentence"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "Linear built an attention mask; attention 'areal' takes none"),
+        ({"dropout": 0.1}, "attention dropout 0.1 is not supported; set attention_dropout to 0"),
+        ({"position_bias": None}, "Linear passes the attention keyword 'position_bias', which attention 'areal' does not know"),
+        ({"attention_context": None}, "needs the keyword attention_context"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_attention_would_leave_out_is_refused(keywords, sentence):
+    module, q = torch.nn.Linear(1, 1), torch.zeros(1, 2, 3, 4)
+    module.layer_idx = 0
+    known = {"attention_mask": None, "attention_context": PackedContext([3]), "position_ids": None}
+    assert areal_attention(module, q, q, q, **known)[0].shape == (1, 3, 2, 4)
+    with pytest.raises(ValueError, match=sentence):
+        areal_attention(module, q, q, q, **{**known, **keywords})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
+def test_rotary_frequencies_are_not_rounded_with_the_weights(name, tmp_path):
+    model = small_model(name)
+    model.save_pretrained(tmp_path)
+    exact = {n: b for n, b in model.named_buffers() if n.endswith("inv_freq")}
+    assert exact and not any(torch.equal(b, b.bfloat16().float()) for b in exact.values())
+    for loaded in (load_model(tmp_path, dtype=torch.bfloat16), empty_model(tmp_path, dtype=torch.bfloat16)):
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+        assert all(torch.equal(dict(loaded.named_buffers())[n], b) for n, b in exact.items())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "gpt_oss"])

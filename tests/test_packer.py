@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal.packer import collect, fill, make_train_batch
+from areal.packer import attention_cost, collect, fill, make_train_batch
 from areal.types import Group, TrainBatch, Trajectory
 
 
@@ -74,6 +74,21 @@ def test_every_sample_once_with_its_fields(world_size: int) -> None:
         assert all(mb.n_tokens <= 120 for rank in ranks for mb in rank)
         assert batch.minibatches[m].denominator == sum(samples[number].loss_mask.sum() for number in found)
         begin += 4 * n_groups
+
+
+def test_ranks_get_like_shares_of_the_work_not_of_the_tokens() -> None:
+    assert attention_cost({"hidden_size": 1536}) == attention_cost({"text_config": {"hidden_size": 1536}}) == (1.0, 1 / 18432)
+    assert attention_cost({"n_embd": 768}) == (1.0, 1 / 9216) and attention_cost({}) == (1.0, 0.0)
+    cost = attention_cost({"hidden_size": 896})
+    lengths = np.random.default_rng(0).lognormal(7.2, 1.0, 256).clip(16, 8192).astype(np.int64)
+    samples = [Trajectory(np.ones(n, np.int64), np.ones(n, bool), np.ones(n, np.float32), np.zeros(n, np.int32), 0.0) for n in lengths]
+    groups = [Group(i, {}, [sample]) for i, sample in enumerate(samples)]
+    idle = []
+    for given in ({}, {"cost": cost}):
+        ranks = make_train_batch(groups, None, n_minibatches=1, max_tokens_per_mb=16384, world_size=4, **given).minibatches[0].ranks
+        work = np.array([[sum(cost[0] * n + cost[1] * n**2 for n in np.diff(mb.cu_seqlens)) for mb in rank] for rank in ranks])
+        idle.append(1 - work.sum() / (4 * work.max(0).sum()))
+    assert idle[1] < 0.01 and idle[0] > 0.03, "all wait for the slowest in every turn"
 
 
 def test_a_rank_without_samples_gets_a_masked_token() -> None:

@@ -183,6 +183,25 @@ def test_what_may_not_change(root: Path) -> None:
     assert find_resumable(make(root, **may)) is not None
 
 
+def test_a_reference_that_the_warm_up_made_is_needed_again(root: Path) -> None:
+    warm = {"warmup": {"total_steps": 4}, "actor__kl_ctl": 0.1}
+    write(make(root), 5)
+    assert find_resumable(make(root, actor__kl_ctl=0.1)) is not None, "it is the starting model"
+    with pytest.raises(ConfigError, match="warmup is given, but the run that would go on in .* began without one.*set ref.path"):
+        find_resumable(make(root, **warm))
+    write(make(root, warmup=warm["warmup"]), 6)
+    with pytest.raises(
+        ConfigError, match=r"actor.kl_ctl=0.1 needs the reference model that the warm-up made, .* did not keep one.*ref.path"
+    ):
+        find_resumable(make(root, **warm))
+    assert find_resumable(make(root, **warm, ref__path="/somewhere")) is not None
+    write(make(root, **warm), 7)
+    assert find_resumable(make(root, **warm)) is not None
+    assert find_resumable(make(root)) is not None, "without a reference from here on"
+    with pytest.raises(ConfigError, match="warmup is null, but the run that would go on in .* began with one"):
+        find_resumable(make(root, actor__kl_ctl=0.1))
+
+
 def test_a_running_run_is_left_alone(root: Path) -> None:
     config = make(root)
     write(config, 1)

@@ -116,7 +116,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_weights_of_an_undisturbed_one(
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_past_its_end(tmp_path: Path) -> None:
-    """From a checkpoint with a flipped byte to the one before it; then longer than was planned, on two ranks, with eta = 2."""
+    """From a checkpoint with a flipped byte to the one before it; then longer than was planned, on two ranks, which then share sequences."""
     options = ["recover.every_steps=2", "recover.keep=2", "saver.every_steps=2", "rollout.max_head_offpolicyness=2"]
     first = TrainRun(tmp_path, *options, "total_train_steps=6").summary()
     folder = tmp_path / "arithmetic" / "run"
@@ -137,6 +137,12 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_past_its_end(tmp_path: P
     assert summary["seconds_rl"] > 0 and summary["tokens_trained"] > first["tokens_trained"] * 1.2
     assert json.loads((folder / "recover" / "step_000008" / "rank_0001.json").read_text())["world_size"] == 2
 
-    again = TrainRun(tmp_path, *options, "total_train_steps=9", "seed=1", "recover.mode=required")
+    sharing = TrainRun(tmp_path, *options, "total_train_steps=10", "actor.backend=fsdp:d1c2")
+    assert sharing.summary()["train_steps"] == 10
+    assert "the run goes on after step 8" in sharing.stderr
+    assert [row["step"] for row in rows(sharing, "metrics")] == list(range(1, 11))
+    assert json.loads((folder / "recover" / "step_000010" / "rank_0001.json").read_text())["world_size"] == 2
+
+    again = TrainRun(tmp_path, *options, "total_train_steps=10", "seed=1", "recover.mode=required")
     assert again.finish() == 2
     assert "recover.mode=required, but the run in" in again.stderr and "has finished" in again.stderr

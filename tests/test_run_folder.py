@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,15 +37,21 @@ with run_lock(Path({str(first)!r})):
     running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None and running.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError, match="a run that is going on writes to .*trial.* another trial_name"):
-            create_run_folder(_config(tmp_path))
+        for start in (lambda: create_run_folder(_config(tmp_path)), lambda: run_lock(first).__enter__()):
+            with pytest.raises(ConfigError, match="a run that is going on writes to .*trial.* another trial_name"):
+                start()
     finally:
         running.kill()  # the kernel drops its lock
         running.wait()
     second = create_run_folder(_config(tmp_path))
     assert second == first and (first.with_name("trial.1") / "metrics.jsonl").is_file() and not (first / "metrics.jsonl").exists()
-    with run_lock(second):
-        pass
+    with run_lock(second), pytest.raises(ConfigError, match="a run that is going on"), run_lock(second):
+        raise AssertionError("two runs that start at the same moment")
+    with (second / ".running").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with run_lock(second):
+            pass
     create_run_folder(_config(tmp_path))
 
 

@@ -210,7 +210,7 @@ class _Misbehaving:
                 asyncio.get_running_loop().call_soon(inner.cancel)
                 await inner
             case "long":
-                n = _config().actor.mb_spec.max_tokens_per_mb
+                n = 500
                 values = {"loss_mask": [0] + [1] * n, "logprobs": [0.0] * (n + 1), "versions": [-1] + [0] * n}
                 return {"input_ids": [3] * (n + 1), "rewards": 0.0, **values}
         response = await engine.agenerate(ModelRequest([3, 4], _config().gconfig))
@@ -230,7 +230,8 @@ def test_workflows_that_misbehave(server: Server, monkeypatch: pytest.MonkeyPatc
 
     async def main() -> None:
         acts = ["raise", "none", "hang", "list", "refuse", "", "cancel", "long", "swallow", "go on"]
-        loop = _Loop(_config(rollout={"episode_timeout": 1.0}), [server], None, _rows(acts), _Misbehaving())
+        critic = {"mb_spec": {"max_tokens_per_mb": 500}}  # less than the actor's
+        loop = _Loop(_config(rollout={"episode_timeout": 1.0}, critic=critic), [server], None, _rows(acts), _Misbehaving())
         async with _running(loop):
             await loop.finished((ETA + 1) * B)
             expected = {

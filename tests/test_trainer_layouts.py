@@ -20,6 +20,7 @@ from areal.models.ulysses import ContextPart, UlyssesContext, slice_sizes
 from areal.packer import _fill_up, pack
 from areal.trainer.engine import RankMinibatch
 from areal.trainer.mesh import RankMesh
+from areal.trainer.sharding import full_tensor
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,36 +34,59 @@ JOBS = {
     for size, layouts in LAYOUTS.items()
 }
 JOBS[1].append(("qwen2", "d1", {"capacity": 60}))
-JOBS[2].append(("qwen2", "d2", {"offload": True}))
+JOBS[2] += [("qwen2", "d2", {"offload": True}), ("llama", "d2", {"idle": True}), ("gemma2", "d2", {"idle": True})]
 JOBS[4] += [
     ("qwen2", "d4r4", {}),
     ("qwen2", "d2r2c2", {}),
     ("qwen2", "d2c2", {"capacity": 60, "fill_up": True}),
     ("qwen2", "d2c2", {"gradient_checkpointing": True}),
 ]
+MUON = {"optimizer": {"type": "muon", "lr": 1e-3, "muon_lr": 1e-3}}
+BFLOAT16 = {"dtype": "bfloat16", "optimizer": {"lr": 1e-6, "weight_decay": 0.0}, "same_cut": True}
+ROUNDED = {size: [("qwen2", layout, options) for layout in LAYOUTS[size] for options in (MUON, BFLOAT16)] for size in LAYOUTS}
+"""What has too few digits for the equality of the others."""
 
 
-def run_layout(folder, name, layout, rank, capacity=200, fill_up=False, **actor):
-    """A train step of two mini-batches and a supervised one; what this rank knows of it."""
+def run_layout(folder, name, layout, rank, capacity=200, fill_up=False, idle=False, same_cut=False, **actor):
+    """A supervised step at a rate of 0, a train step of two mini-batches and a supervised one; what this rank knows of it.
+
+    ``idle``: one data rank has all, the others have nothing to learn from. ``same_cut``: into the micro-batches that 4 ranks would have.
+    """
     selfcheck.check_model = lambda config: None  # test_selfcheck has these models; here it would take half of the time
     config = make_config(folder / name, folder, backend=f"fsdp:{layout}", behav_imp_weight_cap=CAP, **actor)
     mesh = RankMesh(torch.device("cpu"), rank, parse_trainer_backend(config.actor.backend))
     engine = FullGradients(folder / name, config.actor, temperature=TEMPERATURE, mesh=mesh)
-    batch = make_batch(n_minibatches=2, capacity=capacity, world_size=mesh.layout.data)
+    n_ranks = 4 if same_cut else 1 if idle else mesh.layout.data
+    batch = make_batch(n_minibatches=2, capacity=capacity, world_size=n_ranks)
     if fill_up:
         for minibatch in batch.minibatches:
             for microbatches in minibatch.ranks:
                 microbatches.append(_fill_up())
-    stats = engine.train_step([RankMinibatch(m.ranks[mesh.data_index], m.denominator) for m in batch.minibatches])
-    engine.sft_step(RankMinibatch(batch.minibatches[1].ranks[mesh.data_index], batch.minibatches[1].denominator))
+    parts = [RankMinibatch(part_of(mesh, m.ranks), m.denominator) for m in batch.minibatches]
+    begun = engine.snapshot()
+    result = {"supervised": (engine.sft_step(parts[0], 0.0)["loss"], engine.full.pop()), "loss": engine.losses.pop()}
+    assert all(torch.equal(w, begun[n]) for n, w in (engine.snapshot() or {}).items())
+    engine.set_optimizer(config.actor.optimizer)
+    masters = {n: full_tensor(p).clone() for n, p in engine.model.named_parameters()}
+    stats = engine.train_step(parts)
+    moved = {n: full_tensor(p) - masters[n] for n, p in engine.model.named_parameters()}
+    engine.sft_step(parts[1])
     samples = make_groups(1, 3, seed=5)[0].trajectories
     whole = pack(samples, [t.logprobs for t in samples])
-    result = {"gradients": engine.full, "stats": stats, "logprobs": engine.logprobs(whole), "weights": engine.snapshot(), "published": {}}
+    result |= {"gradients": engine.full, "stats": stats, "logprobs": engine.logprobs(whole), "weights": engine.snapshot(), "published": {}}
+    result |= {"losses": engine.losses, "moved": moved, "begun": begun}
     for part in engine.gatherer.parts(4096):
         result["published"] |= {n: w.clone() for n, w in part.items()}
     result["tied"] = engine.model.get_output_embeddings().weight is engine.model.get_input_embeddings().weight
     result["shards"] = {p.to_local().numel() / max(1, p.numel()) for p in engine.model.parameters() if isinstance(p, DTensor)}
     return result if rank == 0 else {"logprobs": result["logprobs"], "published": result["published"]}
+
+
+def part_of(mesh, ranks):
+    """The micro-batches of this rank's data index, of those for as many ranks or more, or for one of which all others have copies without loss."""
+    if len(ranks) >= mesh.layout.data:
+        return [mb for microbatches in ranks[mesh.data_index :: mesh.layout.data] for mb in microbatches]
+    return ranks[0] if mesh.data_index == 0 else [_fill_up() for _ in ranks[0]]
 
 
 # -- attention alone ------------------------------------------------------------------------------------------------------------
@@ -106,14 +130,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     jobs = {size: [partial(run_layout, folder, name, layout, **options) for name, layout, options in jobs] for size, jobs in JOBS.items()}
+    for size, others in ROUNDED.items():
+        jobs[size] += [partial(run_layout, folder, name, layout, **options) for name, layout, options in others]
     jobs[4] += [partial(run_attention, shape) for shape in ATTENTION if shape[0] % 4 == 0]
     jobs[2] += [partial(run_attention, shape) for shape in ATTENTION]
     return run_worlds(jobs, folder)
 
 
 def result_of(results, job):
-    size = next(size for size, jobs in JOBS.items() if job in jobs)
-    return results[size][JOBS[size].index(job)]
+    size = next(size for size in JOBS if job in JOBS[size] + ROUNDED[size])
+    return results[size][(JOBS[size] + ROUNDED[size]).index(job)]
 
 
 ALL_JOBS = [job for jobs in JOBS.values() for job in jobs]
@@ -165,6 +191,18 @@ def test_every_layout_has_the_gradients_of_one_rank(results, job):
 
 
 @pytest.mark.parametrize("job", DERIVED, ids=job_id)
+def test_every_layout_has_the_loss_of_one_rank_and_both_of_a_supervised_step(results, job):
+    one, other = result_of(results, (job[0], "d1", {}))[0], result_of(results, job)[0]
+    assert other["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+    (loss, gradients), (other_loss, others) = one["supervised"], other["supervised"]
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert relative_difference(others, gradients) < 1e-6
+    # Those of the router of a random mixture are a thousandth of the others, from terms that cancel: 4e-6; its last keys 1.1e-6.
+    worst = max(relative_difference({n: others[n]}, {n: g}) for n, g in gradients.items() if "router" not in n)
+    assert worst < (2e-6 if job[0] == "gpt_oss" else 1e-6)
+
+
+@pytest.mark.parametrize("job", DERIVED, ids=job_id)
 def test_every_layout_takes_the_steps_of_one_rank(results, job):
     one, other = result_of(results, (job[0], "d1", {}))[0], result_of(results, job)[0]
     for key, value in one["stats"].items():
@@ -193,7 +231,7 @@ def test_every_layout_publishes_its_weights_once_and_knows_all_logprobs(results,
 @pytest.mark.parametrize(("world_size", "shape"), [(n, shape) for n in (2, 4) for shape in ATTENTION if shape[0] % n == 0], ids=str)
 def test_attention_of_slices(results, world_size, shape):
     shapes = [s for s in ATTENTION if s[0] % world_size == 0]
-    ranks = results[world_size][len(JOBS[world_size]) + shapes.index(shape)]
+    ranks = results[world_size][len(JOBS[world_size]) + len(ROUNDED[world_size]) + shapes.index(shape)]
     out, q, k, v, sinks = attend(PackedContext(LENGTHS), *attention_inputs(*shape))
     for index, whole in enumerate((out, q, k, v)):
         torch.testing.assert_close(torch.cat([rank[index] for rank in ranks]), whole)
@@ -209,6 +247,35 @@ def test_replicas_hold_whole_copies(results):
 def test_tied_weights_stay_one(results):
     for job in ALL_JOBS:
         assert result_of(results, job)[0]["tied"] == (job[0] in ("gemma", "gemma2", "gemma3_text", "qwen2"))
+
+
+@pytest.mark.parametrize("layout", ["d2", "d1c2", "d4", "d4r2", "d2c2", "d1c4"])
+def test_muon_in_every_layout(results, layout):
+    one, other = (result_of(results, ("qwen2", which, MUON))[0] for which in ("d1", layout))
+    assert max(relative_difference({n: other["gradients"][0][n]}, {n: g}) for n, g in one["gradients"][0].items()) < 1e-6
+    assert relative_difference(other["weights"], one["weights"]) < 1e-3  # bfloat16 iterations
+    assert relative_difference(other["moved"], one["moved"]) < 0.02
+
+
+@pytest.mark.parametrize("layout", ["d2", "d1c2", "d4", "d4r2", "d2c2", "d1c4"])
+def test_bfloat16_is_summed_in_float32_in_every_layout(results, layout):
+    """Where micro-batches are the same, only the sums over them and over ranks could differ; context ranks round parts of each."""
+    one, other = (result_of(results, ("qwen2", which, BFLOAT16))[0] for which in ("d1", layout))
+    worst = max(relative_difference({n: other["gradients"][0][n]}, {n: g}) for n, g in one["gradients"][0].items())
+    assert worst < (0.03 if "c" in layout else 1e-6)
+    exact = result_of(results, ("qwen2", "d1", {}))[0]["gradients"][0]
+    assert 1e-4 < relative_difference(other["gradients"][0], exact) < 0.05
+
+
+@pytest.mark.parametrize("layout", ["d1", "d2", "d4r2", "d2c2"])
+def test_bfloat16_loses_no_small_updates(results, layout):
+    """Two steps of Adam at a rate of 1e-6, far below the digits of most weights in bfloat16, in which none of these would move."""
+    result = result_of(results, ("qwen2", layout, BFLOAT16))[0]
+    for name, moved in result["moved"].items():
+        if "bias" not in name:
+            assert 5e-7 < moved.abs().median() < 2.5e-6, name
+    same = [(result["weights"][n] == w).float().mean() for n, w in result["begun"].items() if "bias" not in n]
+    assert min(same) > 0.9
 
 
 def test_heads_that_ranks_cannot_share():

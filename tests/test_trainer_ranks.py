@@ -32,7 +32,13 @@ CASES = {
 
 
 class FullGradients(RecordingEngine):
+    """Also the loss of every optimizer step, over all ranks."""
+
     def _optimizer_step(self, lr_scale, stats):
+        loss = stats.minibatch_loss * self.mesh.counts
+        if self.mesh.world_size > 1:
+            dist.all_reduce(loss)
+        self.losses = [*getattr(self, "losses", []), float(loss)]
         self.full = [*getattr(self, "full", []), {n: full_tensor(p.grad).clone() for n, p in self.model.named_parameters()}]
         super()._optimizer_step(lr_scale, stats)
 

@@ -235,6 +235,13 @@ class GRPOConfig(Section):
         return self.actor.kl_ctl > 0 or self.dpo is not None
 
     @property
+    def sample_budget(self) -> tuple[str, int]:
+        """The key that bounds a training sample, and its tokens: every model must have a micro-batch that takes it."""
+        sections = {"actor": self.actor} | ({} if self.critic is None or self.critic.shared else {"critic": self.critic})
+        budgets = {f"{name}.mb_spec.max_tokens_per_mb": section.mb_spec.max_tokens_per_mb for name, section in sections.items()}
+        return min(budgets.items(), key=lambda item: item[1])
+
+    @property
     def update_mode(self) -> Literal["abort", "retract", "in_place"]:
         """``rollout.update_mode`` with auto resolved."""
         mode = self.rollout.update_mode

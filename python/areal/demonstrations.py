@@ -142,9 +142,9 @@ def _trajectory(parts: Sequence[tuple[list[int], bool]]) -> Trajectory:
     return Trajectory(ids, mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
 
 
-def make_sft_batch(samples: list[Trajectory], max_tokens_per_mb: int, world_size: int) -> Minibatch:
+def make_sft_batch(samples: list[Trajectory], max_tokens_per_mb: int, world_size: int, cost: tuple[float, float] = (1.0, 0.0)) -> Minibatch:
     """Packed micro-batches for the ranks; the denominator is the number of answer tokens over all of them."""
     groups = [Group(i, {}, [sample]) for i, sample in enumerate(samples)]
     nothing = [[np.zeros(len(sample), np.float32)] for sample in samples]
-    batch = make_train_batch(groups, nothing, n_minibatches=1, max_tokens_per_mb=max_tokens_per_mb, world_size=world_size)
+    batch = make_train_batch(groups, nothing, n_minibatches=1, max_tokens_per_mb=max_tokens_per_mb, world_size=world_size, cost=cost)
     return batch.minibatches[0]

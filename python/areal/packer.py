@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,13 @@ def make_train_batch(
     world_size: int,
     loss_normalization: Literal["token", "sequence", "fixed"] = "token",
     max_new_tokens: int | None = None,
+    cost: tuple[float, float] = (1.0, 0.0),
 ) -> TrainBatch:
     """Packs ``groups``, in their order, into ``n_minibatches`` that differ by at most one group.
 
     ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's
     denominator is its number of loss tokens over all ranks, at least 1; that of the policy's loss is, by ``loss_normalization``, the same
-    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``).
+    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``). Ranks get like shares of ``cost``, as of ``plan_microbatches``.
     ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
     samples, or when a sample is longer than ``max_tokens_per_mb``.
     """
@@ -46,11 +47,19 @@ def make_train_batch(
             _check_group(group, group_advantages)
             samples += group.trajectories
             sample_advantages += group_advantages
-        minibatch = _make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size)
+        minibatch = _make_minibatch(samples, sample_advantages, n_packed, max_tokens_per_mb, world_size, cost)
         minibatch.policy_denominator = _policy_denominator(samples, loss_normalization, max_new_tokens)
         minibatches.append(minibatch)
         n_packed += len(samples)
     return TrainBatch(minibatches, n_groups=len(groups), n_samples=n_packed)
+
+
+def attention_cost(model: Mapping[str, Any]) -> tuple[float, float]:
+    """The work of a sequence of L tokens, ``a * L + b * L**2``, for a Hugging Face config: attention against all else. Tokens alone where it
+    does not say how wide the model is."""
+    text = model.get("text_config")
+    width = (text if isinstance(text, Mapping) else model).get("hidden_size", model.get("n_embd"))
+    return (1.0, 1.0 / (12 * width)) if isinstance(width, int) and width > 0 else (1.0, 0.0)
 
 
 def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> None:
@@ -60,10 +69,15 @@ def _check_group(group: Group, advantages: Sequence[NDArray[np.float32]]) -> Non
 
 
 def _make_minibatch(
-    samples: list[Trajectory], advantages: list[NDArray[np.float32]], first: int, capacity: int, world_size: int
+    samples: list[Trajectory],
+    advantages: list[NDArray[np.float32]],
+    first: int,
+    capacity: int,
+    world_size: int,
+    cost: tuple[float, float],
 ) -> Minibatch:
     """``first``: the place in the batch of the first sample."""
-    plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size)
+    plan = plan_microbatches([len(sample) for sample in samples], capacity, world_size=world_size, cost=cost)
     ranks = [[pack([samples[i] for i in members], [advantages[i] for i in members]) for members in turns] for turns in plan]
     for microbatches, turns in zip(ranks, plan, strict=True):
         for microbatch, members in zip(microbatches, turns, strict=True):

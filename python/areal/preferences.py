@@ -74,9 +74,9 @@ def load_preferences(config: GRPOConfig, tokenizer: Any, given: Any = None) -> P
     return Preferences(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, dataset.max_prompt_len)
 
 
-def make_dpo_batch(pairs: Sequence[Pair], max_tokens_per_mb: int, world_size: int) -> Minibatch:
+def make_dpo_batch(pairs: Sequence[Pair], max_tokens_per_mb: int, world_size: int, cost: tuple[float, float] = (1.0, 0.0)) -> Minibatch:
     """Packed micro-batches for the ranks: chosen, rejected, chosen, rejected, ...; the denominator is the number of pairs over all of them."""
-    plan = plan_microbatches([pair.n_tokens for pair in pairs], max_tokens_per_mb, world_size=world_size)
+    plan = plan_microbatches([pair.n_tokens for pair in pairs], max_tokens_per_mb, world_size=world_size, cost=cost)
 
     def packed(members: Sequence[int]) -> Any:
         samples = [sample for i in members for sample in pairs[i]]

@@ -188,9 +188,29 @@ def _check_config(state: RunState, config: GRPOConfig, folder: Path) -> None:
                 f"{key} is {_show(model.get(key))} instead of {_show(state.model.get(key))}",
                 way_out,
             )
+    _check_reference(state, config, folder, way_out)
     if config.total_train_steps < state.step:
         raise ConfigError(
             f"total_train_steps={config.total_train_steps}, but the run in {folder} has done {state.step} steps", f"raise it, or {way_out}"
+        )
+
+
+def _check_reference(state: RunState, config: GRPOConfig, folder: Path, way_out: str) -> None:
+    """A reference model that the warm-up made is part of the state, and nothing else can make it again."""
+    if not config.uses_ref or config.ref.path:
+        return
+    warmed_up = state.config.get("warmup") is not None
+    if (config.warmup is not None) != warmed_up:
+        raise ConfigError(
+            f"warmup is {'given' if config.warmup else 'null'}, but the run that would go on in {folder} began with{'' if warmed_up else 'out'} "
+            "one, after which the reference model of actor.kl_ctl is taken",
+            f"leave warmup as it was, set ref.path, or {way_out}",
+        )
+    if warmed_up and not (_look_up(state.config, "actor.kl_ctl") and not _look_up(state.config, "ref.path")):
+        raise ConfigError(
+            f"actor.kl_ctl={config.actor.kl_ctl:g} needs the reference model that the warm-up made, and the run that would go on in {folder} "
+            "did not keep one",
+            f"set ref.path, or {way_out}",
         )
 
 

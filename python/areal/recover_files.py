@@ -181,7 +181,7 @@ def cut_back(run_folder: Path, step: int) -> list[str]:
         if _PARTIAL in folder.name:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.parent.name == "checkpoints" and _NAME.fullmatch(folder.name) and step_of(folder) > step:
-            shutil.rmtree(folder)
+            remove(folder)
             later.append(folder.name)
     return sorted(later)
 

@@ -14,17 +14,20 @@ fileroot/experiment_name/trial_name/
 from __future__ import annotations
 
 import fcntl
-import shutil
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from areal.config import ConfigError, GRPOConfig
+from areal.recover_files import remove
 
 _LOCK = ".running"
+_LOOKS = 10
 
 
 def create_run_folder(config: GRPOConfig) -> Path:
@@ -63,11 +66,27 @@ def write_config(config: GRPOConfig, folder: Path) -> None:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Marks the folder as that of a run that is going on, until this process ends, in whatever way."""
+    """Marks the folder as that of a run that is going on, until this process ends, in whatever way.
+
+    ``ConfigError`` where another one did that since ``refuse_running`` was asked.
+    """
     with (folder / _LOCK).open("wb") as file:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _takes_lock(file):
+                raise ConfigError(f"a run that is going on writes to {folder}", "give this one another trial_name")
         yield
+
+
+def _takes_lock(file: BinaryIO) -> bool:
+    """Those who only look hold a lock too, for a moment."""
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 def _is_running(folder: Path) -> bool:
@@ -116,6 +135,17 @@ def prepare_model(config: GRPOConfig, run_folder: Path) -> Path:
     return folder
 
 
+def model_config(config: GRPOConfig) -> Mapping[str, Any]:
+    """The Hugging Face config of the actor; empty where it cannot be read."""
+    if config.actor.init_from_scratch is not None:
+        return config.actor.init_from_scratch
+    try:
+        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def load_tokenizer(model_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -133,6 +163,7 @@ def load_tokenizer(model_folder: Path) -> Any:
 
 
 def keep_last(checkpoints: Path, n: int) -> None:
-    """Removes all step checkpoints but the last ``n``."""
+    """Removes all step checkpoints but the last ``n``; one that cannot be removed stays."""
     for folder in sorted(f for f in checkpoints.glob("step_*") if f.name.removeprefix("step_").isdigit())[:-n]:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(folder)

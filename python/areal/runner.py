@@ -323,10 +323,10 @@ class Runner:
 
     def _check(self, episodes: list[list[Trajectory]], admitted: int) -> None:
         """What the trainer and the buffer rely on; ``admitted``: the version at admission."""
-        longest = self.config.actor.mb_spec.max_tokens_per_mb
+        key, longest = self.config.sample_budget
         for trajectory in itertools.chain.from_iterable(episodes):
             if len(trajectory) > longest:
-                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch (actor.mb_spec.max_tokens_per_mb={longest})"
+                why = f"a sample of {len(trajectory)} tokens does not fit into a micro-batch ({key}={longest})"
                 raise EpisodeDropped("sample_too_long", why)
             if trajectory.oldest_version < admitted:
                 why = f"a token has version {trajectory.oldest_version}, but its episode began at version {admitted}"

@@ -10,7 +10,8 @@ import numpy as np
 
 from areal.algo.advantage import Scores, Targets, compute_targets
 from areal.config import ActorConfig, CriticConfig, GRPOConfig
-from areal.packer import collect, fill, make_train_batch
+from areal.packer import attention_cost, collect, fill, make_train_batch
+from areal.run_folder import model_config
 from areal.types import Group, TrainBatch
 
 
@@ -52,6 +53,8 @@ def _recomputes(config: GRPOConfig) -> bool:
 
 
 def _pack(config: GRPOConfig, groups: Sequence[Group], world_size: int) -> TrainBatch:
+    cost = attention_cost(model_config(config))
+
     def cut(section: ActorConfig | CriticConfig) -> TrainBatch:
         return make_train_batch(
             groups,
@@ -61,6 +64,7 @@ def _pack(config: GRPOConfig, groups: Sequence[Group], world_size: int) -> Train
             world_size=world_size,
             loss_normalization=config.actor.loss_normalization,
             max_new_tokens=config.gconfig.max_new_tokens,
+            cost=cost,
         )
 
     batch = cut(config.actor)

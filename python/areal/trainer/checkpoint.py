@@ -84,7 +84,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    old = folder.with_name(f"{folder.name}{_PARTIAL}-old-{os.getpid()}")  # a kill here leaves what the next start removes
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

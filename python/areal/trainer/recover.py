@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from areal.trainer.engine import TrainEngine
 
 _MODELS = "models"
+_REFERENCE = "ref"
+"""Name of the model that a run may stop to use, where it was kept."""
 _COUNTERS = ("train_steps", "nonfinite_in_a_row")
 _GROUP_TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the slowest one's disk."""
@@ -216,6 +218,8 @@ def restore(folder: Path, engine: TrainEngine) -> None:
     models, mesh = engine.models, engine.mesh
     reader = FileSystemReader(folder / _MODELS)
     found = reader.read_metadata().state_dict_metadata
+    if _REFERENCE not in models:  # this run has none any more, or takes it from its own path
+        found = {name: entry for name, entry in found.items() if not name.startswith(f"{_REFERENCE}/")}
     for model in models.values():
         model.reshard()  # or a forward pass before this would hide what is loaded
     parameters = {f"{m}/model/{name}": p for m, model in models.items() for name, p in saved_parameters(model.model).items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from areal.config import ConfigError, DatasetConfig, GRPOConfig
 from areal.reward.address import is_service
 from areal.reward.http import HTTPReward
+from areal.run_folder import model_config
 from areal.workflow.arguments import check_arguments
 from areal.workflow.base import RolloutWorkflow, import_object
 from areal.workflow.rlvr import RLVRWorkflow
@@ -95,20 +94,10 @@ def _of_the_run(config: GRPOConfig, tokenizer: Any, workflow: Any, evaluation: b
 
 def _longest_context(config: GRPOConfig, evaluation: bool) -> int:
     """Tokens of the longest sequence that the servers, and unless it is for ``evaluation`` the trainer, can take; 0 = not known."""
-    limits = [config.rollout.max_context, _model_config(config).get("max_position_embeddings")]
+    limits = [config.rollout.max_context, model_config(config).get("max_position_embeddings")]
     if not evaluation:
-        limits.append(config.actor.mb_spec.max_tokens_per_mb)
+        limits.append(config.sample_budget[1])
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=0)
-
-
-def _model_config(config: GRPOConfig) -> Mapping[str, Any]:
-    if config.actor.init_from_scratch is not None:
-        return config.actor.init_from_scratch
-    try:
-        tree = json.loads((Path(config.actor.path).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def reward_function(config: GRPOConfig) -> Callable[..., Any]:
