@@ -94,7 +94,7 @@ def test_step_against_a_float64_reference(model_folder, tmp_path):
         minibatches.append((members, [a for g in advantages[part] for a in g], float(sum(t.loss_mask.sum() for t in members))))
     expected, parameters = reference_step(model_folder, groups, minibatches, temperature=0.8, lr=1e-3)
 
-    engine = make_engine(model_folder, tmp_path)
+    engine = make_engine(model_folder, tmp_path, behav_filter_cap=None)
     stats = engine.train_step(rank_part(make_batch(groups, n_minibatches=2, capacity=100)))
     for got, want in zip(engine.gradients, expected, strict=True):
         assert relative_difference(got, want) < 1e-5

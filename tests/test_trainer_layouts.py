@@ -53,7 +53,7 @@ def run_layout(folder, name, layout, rank, capacity=200, fill_up=False, idle=Fal
     ``idle``: one data rank has all, the others have nothing to learn from. ``same_cut``: into the micro-batches that 4 ranks would have.
     """
     selfcheck.check_model = lambda config: None  # test_selfcheck has these models; here it would take half of the time
-    config = make_config(folder / name, folder, backend=f"fsdp:{layout}", behav_imp_weight_cap=CAP, **actor)
+    config = make_config(folder / name, folder, backend=f"fsdp:{layout}", behav_imp_weight_cap=CAP, behav_filter_cap=None, **actor)
     mesh = RankMesh(torch.device("cpu"), rank, parse_trainer_backend(config.actor.backend))
     engine = FullGradients(folder / name, config.actor, temperature=TEMPERATURE, mesh=mesh)
     n_ranks = 4 if same_cut else 1 if idle else mesh.layout.data
