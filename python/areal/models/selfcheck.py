@@ -7,15 +7,12 @@ compute something else; so would one whose head or positions do what areal does 
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-log = logging.getLogger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -68,7 +65,7 @@ def _rope_types(config: PretrainedConfig) -> set[str]:
 def self_check(config: PretrainedConfig) -> None:
     """Compares packed log-probs with transformers' eager attention, a sequence at a time, on a small random model of this architecture.
 
-    ``UnsupportedModel`` if they differ. A model that cannot be made small is not checked, and the log says so.
+    ``UnsupportedModel`` if they differ, and for a model that cannot be made small, which nobody then knows to be right.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -80,8 +77,9 @@ def self_check(config: PretrainedConfig) -> None:
     except ValueError as error:  # also what areal's attention says about an argument that it does not know
         raise UnsupportedModel(f"model type '{config.model_type}' cannot run packed: {error}") from error
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
-        log.warning("model type '%s' was not checked: its small instance fails with %r", config.model_type, error)
-        return
+        raise UnsupportedModel(
+            f"model type '{config.model_type}' is not supported: it cannot be tried out, a small random instance of it fails with {error!r}"
+        ) from error
     if not difference < _TOLERANCE:  # NaN is wrong too
         raise UnsupportedModel(
             f"model type '{config.model_type}' is not supported: on a small random instance areal's log-probs differ from transformers' "

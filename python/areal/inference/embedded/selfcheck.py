@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -12,8 +10,6 @@ from areal.inference.embedded.request import Answer, GenerateRequest, SamplingPa
 from areal.models.heads import packed_logprobs
 from areal.models.loading import model_from_config
 from areal.models.selfcheck import UnsupportedModel, check_model, small_config
-
-logger = logging.getLogger(__name__)
 
 _PROMPTS = (1, 30, 30, 12)
 _NEW_TOKENS = (60, 20, 45, 3)
@@ -28,8 +24,9 @@ def check_engine(config: PretrainedConfig) -> None:
     try:
         worst = _worst_error(config)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as error:
-        logger.warning("generation with model type '%s' was not checked: its small instance fails with %r", config.model_type, error)
-        return
+        raise UnsupportedModel(
+            f"model type '{config.model_type}' is not supported: generation cannot be tried out, a small random instance fails with {error!r}"
+        ) from error
     if not worst < _TOLERANCE:  # NaN is wrong too
         raise UnsupportedModel(
             f"model type '{config.model_type}' is not supported: on a small random instance the log-probs of generated tokens differ from "
