@@ -30,7 +30,8 @@ VARIANTS: dict[str, list[str]] = {
     "unfiltered": [UNFILTERED],
     "unfiltered_cap5": [UNFILTERED, "actor.behav_imp_weight_cap=5"],
     "unfiltered_mask5": [UNFILTERED, "actor.behav_imp_weight_cap=5", "actor.behav_imp_weight_mode=mask"],
-    "filter_both_sides": ["actor.behav_filter_side=both"],
+    "filter_at_2": ["actor.behav_filter_cap=2"],
+    "filter_both_sides": ["actor.behav_filter_cap=2", "actor.behav_filter_side=both"],
     "loglinear": ["actor.prox_logp_method=loglinear"],
 }
 """The overrides that make each objective."""

@@ -192,7 +192,7 @@ class ActorConfig(TrainEngineConfig):
     """A weight above its cap becomes the cap (truncated importance sampling), or 0 (masked)."""
     behav_imp_weight_level: Literal["token", "sequence"] = "token"
     """The weight of a token, or the product over its sequence."""
-    behav_filter_cap: float | None = Field(2.0, gt=1)
+    behav_filter_cap: float | None = Field(1.4, gt=1)
     """Mask tokens whose proximal / behaviour ratio leaves [1/cap, cap], by behav_filter_side; none = off. Naive PPO has no such ratio."""
     behav_filter_level: Literal["token", "sequence"] = "token"
     """Mask single tokens, or whole sequences by the geometric mean of their ratios."""
