@@ -27,6 +27,13 @@ VARIANTS = {
     "filter_sequence": {"behav_filter_cap": 1.1, "behav_filter_level": "sequence"},
     "filter_moved": {"behav_filter_cap": 1.1, "behav_filter_side": "advantage"},
     "filter_moved_sequence": {"behav_filter_cap": 1.05, "behav_filter_level": "sequence", "behav_filter_side": "advantage"},
+    "filter_moved_gspo": {
+        "behav_filter_cap": 1.05,
+        "behav_filter_level": "sequence",
+        "behav_filter_side": "advantage",
+        "ratio_level": "sequence",
+    },
+    "filter_gspo": {"behav_filter_cap": 1.25, "ratio_level": "sequence"},
     "naive": {"decoupled": False},
     "naive_filter": {"decoupled": False, "behav_filter_cap": 1.25},
     "cispo": {"objective": "cispo", "eps_clip": 1.0, "eps_clip_higher": 0.2, "behav_imp_weight_cap": 1.5},

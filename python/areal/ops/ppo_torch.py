@@ -68,9 +68,13 @@ def ppo_loss_torch(
             filter_ratio = (sequences.sums(stale.log) / n).exp()
         if options.sequence_mean:
             weights = weights / n
-    if math.isfinite(p.filter_upper) and (options.sequence_filter or not options.sequence_ratio):
-        # Nothing depends on a filtered token (or sequence): the 0 that comes back to it must not become 0 * NaN in the gradient of exp.
-        logprobs = torch.where(filtered(p, filter_ratio, advantages), logprobs.detach(), logprobs)
+    if math.isfinite(p.filter_upper):
+        # Nothing depends on a filtered token, or, where the ratio is the sequence's, on a sequence all of whose tokens are filtered: the 0
+        # that comes back to it must not become 0 * NaN in the gradient of exp.
+        gone = filtered(p, filter_ratio, advantages)
+        if sequences is not None and options.sequence_ratio:
+            gone = sequences.sums((counted & ~gone).to(logprobs.dtype)) == 0
+        logprobs = torch.where(gone, logprobs.detach(), logprobs)
     moved = log_ratio(logprobs, proximal if p.decoupled else behavior.detach(), counted)
     ratio = moved.ratio
     if sequences is not None and options.sequence_ratio:
