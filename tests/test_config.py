@@ -87,6 +87,13 @@ def test_dump_is_a_file_that_gives_the_same(good: Path, tmp_path: Path) -> None:
     assert load_expr_config([str(tmp_path / "again.yaml")], GRPOConfig)[0] == config
 
 
+def test_the_dump_of_naive_ppo_is_accepted_again(good: Path, tmp_path: Path) -> None:
+    """A dump spells out the defaults, that of behav_filter_cap among them, which naive PPO has no use for."""
+    config, _ = load_expr_config([str(good), "actor.use_decoupled_loss=false", "actor.recompute_logprob=false"], GRPOConfig)
+    (tmp_path / "again.yaml").write_text(dump_yaml(config))
+    check_config(load_expr_config([str(tmp_path / "again.yaml")], GRPOConfig)[0])
+
+
 def test_configuration_never_changes(good: Path) -> None:
     config, _ = load_expr_config([str(good)], GRPOConfig)
     with pytest.raises(ValueError, match="frozen"):
@@ -205,6 +212,7 @@ def test_keys_that_do_not_fit_together(good: Path, override: str) -> None:
 
 PAIRS = {
     ("actor.behav_filter_level=sequence", "actor.behav_filter_cap=null"): "actor.behav_filter_level=sequence has no effect",
+    ("actor.behav_filter_side=both", "actor.behav_filter_cap=null"): "actor.behav_filter_side=both has no effect",
     ("deterministic=true", "rollout.threads=2"): "needs rollout.threads=1, not 2",
     ("deterministic=true", "actor.threads=2"): "needs actor.threads=1, not 2",
     ("deterministic=true", "rollout.device=cuda:0"): "runs on the CPU only",

@@ -44,7 +44,8 @@ def _check_proximal(actor: ActorConfig) -> None:
             "set actor.use_decoupled_loss=true, or actor.prox_logp_method=recompute",
         )
     # The default is no demand: naive PPO's own clip already bounds what has moved.
-    if actor.behav_filter_cap is not None and "behav_filter_cap" in actor.model_fields_set and not actor.recompute_logprob:
+    cap = actor.behav_filter_cap
+    if cap not in (None, ActorConfig.model_fields["behav_filter_cap"].default) and not actor.recompute_logprob:
         raise ConfigError("actor.behav_filter_cap needs the recomputed log-probs", "set actor.recompute_logprob=true, or remove the cap")
 
 
@@ -62,8 +63,13 @@ def _check_weights(actor: ActorConfig) -> None:
         if given and actor.behav_imp_weight_cap is None:
             why = "has no weight to mask" if key.endswith("mask") else "multiplies the weights of a whole sequence, without a bound"
             raise ConfigError(f"actor.{key} {why}", f"set actor.behav_imp_weight_cap=2, or remove actor.{key.partition('=')[0]}")
-    if actor.behav_filter_level == "sequence" and actor.behav_filter_cap is None:
-        raise ConfigError("actor.behav_filter_level=sequence has no effect", "set actor.behav_filter_cap=2, or remove it")
+    if actor.behav_filter_cap is None:
+        for key in ("behav_filter_level", "behav_filter_side"):
+            if (value := getattr(actor, key)) != ActorConfig.model_fields[key].default:
+                raise ConfigError(
+                    f"actor.{key}={value} has no effect with actor.behav_filter_cap=null",
+                    f"set actor.behav_filter_cap=1.4, or remove actor.{key}",
+                )
 
 
 def check_critic_and_reference(config: GRPOConfig, longest: int) -> None:

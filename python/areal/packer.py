@@ -27,9 +27,9 @@ def make_train_batch(
 
     ``advantages[g][s]`` is float32 [L], aligned with the tokens of sample s of group g; None = zeros, for ``fill``. A mini-batch's
     denominator is its number of loss tokens over all ranks, at least 1; that of the policy's loss is, by ``loss_normalization``, the same
-    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``). Ranks get like shares of ``cost``, as of ``plan_microbatches``.
-    ``ValueError`` when there are fewer groups than mini-batches, when advantages do not match their
-    samples, or when a sample is longer than ``max_tokens_per_mb``.
+    (``token``), the number of sequences that have loss tokens (``sequence``), or that number times ``max_new_tokens`` (``fixed``). Ranks
+    get like shares of ``cost``, as of ``plan_microbatches``. ``ValueError`` when there are fewer groups than mini-batches, when advantages
+    do not match their samples, or when a sample is longer than ``max_tokens_per_mb``.
     """
     if n_minibatches < 1 or len(groups) < n_minibatches:
         raise ValueError(f"{len(groups)} groups cannot be cut into {n_minibatches} mini-batches (actor.ppo_n_minibatches)")

@@ -100,9 +100,8 @@ def _diagnose(step: FailedStep, device: torch.device) -> Diagnosis:
     from areal.weight_sync.adapter import WEIGHTS
 
     lora = None if step.kind == "critic" else step.actor.lora  # a critic has no adapters
-    actor = step.actor.model_copy(
-        update={"backend": "fsdp:d1", "lora": lora, "offload": False}
-    )  # layouts change neither loss nor gradients
+    # One rank, whatever the layout was: it changes neither loss nor gradients.
+    actor = step.actor.model_copy(update={"backend": "fsdp:d1", "lora": lora, "offload": False})
     critic = None if step.critic is None else step.critic.model_copy(update={"path": "", "shared": True})
     if device.type == "cuda":
         torch.cuda.set_device(device)

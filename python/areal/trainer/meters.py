@@ -141,9 +141,10 @@ class ModelFlops:
 
         2 * N * U  +  2 * hidden * vocabulary * R  +  sum over layers and sequences of 2 * heads * (d_qk + d_v) * sum_t min(t, window)
 
-    where t is the place of a computed token in its sequence, from 1.     N: entries of the matrices of all layers, of experts those that a token uses. Backward: the same for the gradients of the inputs, and
-    the first two terms, of weights that are trained, for those of the weights: 3 times forward for a whole model. Activations that
-    gradient checkpointing computes again are not counted, norms, softmax and the optimizer neither.
+    where t is the place of a computed token in its sequence, from 1, and N the entries of the matrices of all layers, of experts those
+    that a token uses. Backward: the same for the gradients of the inputs, and the first two terms, of weights that are trained, for those
+    of the weights: 3 times forward for a whole model. Activations that gradient checkpointing computes again are not counted, norms,
+    softmax and the optimizer neither.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
