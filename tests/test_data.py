@@ -85,6 +85,20 @@ def test_state_of_another_file_is_refused(numbers):
         load_dataset(DatasetConfig(path=numbers), seed=1).load_state_dict(state)
 
 
+def test_state_of_as_many_other_rows_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": n}) + "\n" for n in range(6)))
+    dataset = load_dataset(DatasetConfig(path=str(path)))
+    state = dataset.state_dict()
+    load_dataset(DatasetConfig(path=str(path))).load_state_dict(state)
+    last = take(dataset, 3)[-1]
+    state = json.loads(json.dumps(dataset.state_dict()))
+    load_dataset(DatasetConfig(path=str(path))).load_state_dict(state)
+    path.write_text(path.read_text().replace(last["messages"][0]["content"], "another?"))
+    with pytest.raises(ConfigError, match=r"row \d of the data set .* is another one than when its state was saved"):
+        load_dataset(DatasetConfig(path=str(path))).load_state_dict(state)
+
+
 def test_malformed_rows_are_dropped_counted_and_logged_with_file_and_line(tmp_path, caplog):
     bad = ["{not json", '"a string"', json.dumps({"answer": "1"}), json.dumps({"question": 7}), json.dumps({"question": ""})]
     bad += [json.dumps({"question": [{"content": "no role"}]}), json.dumps({"question": [True, 2]})]

@@ -13,6 +13,7 @@ with its file and line, and counted in ``PromptDataset.dropped``; a file with no
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -157,6 +158,8 @@ class PromptDataset:
         self._epoch = self._position = 0
         self._order: np.ndarray | None = None
         self._dropped_in_a_row = 0
+        self._last: tuple[int, str] | None = None
+        """Index of the row that was given last, and its digest."""
 
     @property
     def size(self) -> int | None:
@@ -174,6 +177,7 @@ class PromptDataset:
         while True:
             index, epoch = self._advance()
             if (row := self._usable(index)) is not None:
+                self._last = index, _digest(row)
                 return {**row, "epoch": epoch}
 
     def _advance(self) -> tuple[int, int]:
@@ -212,20 +216,34 @@ class PromptDataset:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, epoch, position and drop counts: what ``load_state_dict`` needs to go on with the very next row."""
-        return {"seed": self._seed, "size": self.size, "epoch": self._epoch, "position": self._position, "dropped": dict(self.dropped)}
+        """Seed, epoch, position, drop counts and the last row's digest: what ``load_state_dict`` needs to go on with the very next row."""
+        place = {"epoch": self._epoch, "position": self._position, "last": self._last}
+        return {"seed": self._seed, "size": self.size, **place, "dropped": dict(self.dropped)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError when the state is of other rows: another number of them, or another seed."""
+        """Raises ConfigError when the state is of other rows: another number of them, another seed, or another one where the last was."""
         for what, now in (("size", self.size), ("seed", self._seed)):
             if state[what] != now:
                 raise ConfigError(
                     f"the data set {self.name} had {what} {state[what]} when its state was saved and has {now} now",
                     f"restore the old {what}, or start without recovery",
                 )
+        self._last = None if state["last"] is None else (state["last"][0], state["last"][1])
+        if self._last is not None:
+            row = self._usable(self._last[0])
+            if row is None or _digest(row) != self._last[1]:
+                raise ConfigError(
+                    f"row {self._last[0]} of the data set {self.name} is another one than when its state was saved",
+                    "give the same rows, or start without recovery",
+                )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = None
         self.dropped = Counter(state["dropped"])
+
+
+def _digest(row: Mapping[str, Any]) -> str:
+    """Of what JSON can say of it: the same in every process."""
+    return hashlib.sha256(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode()).hexdigest()[:16]
 
 
 def load_dataset(
