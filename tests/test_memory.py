@@ -1,6 +1,7 @@
 """The estimate of the trainer's memory: against what processes really take, and what it says."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,6 +245,16 @@ def test_allocation_that_fails_says_which_key_to_turn(tmp_path):
 def test_memory_that_is_free_here():
     assert 0 < memory_available("cpu") < 1 << 50
     assert memory_available("cuda") == 0 or torch.cuda.is_available()
+
+
+def test_files_that_the_system_keeps_in_memory_are_free(tmp_path):
+    assert memory._free_in_container(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 400\nactive_file 150\n")
+    assert memory._free_in_container(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._free_in_container(tmp_path) == 650
 
 
 def test_small_model_of_the_demo_takes_no_time(tmp_path):

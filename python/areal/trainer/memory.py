@@ -8,6 +8,7 @@ Not measured on a GPU yet. Rollout servers on the same GPU, and copies of weight
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -293,12 +294,18 @@ def memory_available(device: Literal["cpu", "cuda"]) -> float:
     except OSError:
         return 0.0
     free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0.0)
+    return min(free, _free_in_container(Path("/sys/fs/cgroup")))
+
+
+def _free_in_container(cgroup: Path) -> float:
+    """Bytes up to its limit; infinity without one."""
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no such files, or "max"
-        return free
-    return min(free, max(0.0, limit - used))
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(parts["inactive_file"]) + int(parts["active_file"])  # counted as used, and given back before anything fails
+    except (OSError, ValueError, KeyError):  # no such files, or "max"
+        return math.inf
+    return max(0.0, float(limit - used + cached))
 
 
 def advice(config: GRPOConfig, estimate: MemoryEstimate, available: float, device: str, *, most_tokens: int | None = None) -> str:
