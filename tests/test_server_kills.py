@@ -13,7 +13,7 @@ from areal.config import GRPOConfig
 from tests.ordeal import MOMENTS, TOLERANCE, Moment, Ordeal, ordeal_config
 from tests.sglang_python import sglang_python
 
-REPEATS = int(os.environ.get("AREAL_STRESS_REPEATS", "2"))
+REPEATS = int(os.environ.get("AREAL_STRESS_REPEATS", "1"))
 """Kills at each moment; `make stress` has 20."""
 
 
