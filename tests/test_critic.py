@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory):
 class OneRank:
     """What ``prepare_batch`` asks of the trainer, from an engine in this process."""
 
-    n_data_ranks = 1
+    n_data_ranks, sequence_cost = 1, (1.0, 0.0)
 
     def __init__(self, engine):
         self.engine = engine
@@ -338,7 +338,7 @@ def test_a_critic_learns(model_folder, tmp_path, shared):
 
 def test_without_critic_and_reference_the_ranks_are_not_asked(model_folder, tmp_path):
     class Silent:
-        n_data_ranks = 2  # and no score
+        n_data_ranks, sequence_cost = 2, (1.0, 0.0)  # and no score
 
     groups, config = make_groups(), make_config(model_folder, tmp_path, ppo_n_minibatches=2)
     batch, row, spans = asyncio.run(prepare_batch(config, Silent(), groups, groups))

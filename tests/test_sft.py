@@ -124,7 +124,7 @@ def test_the_cool_down_never_raises_the_rates():
 class RecordingEngine:
     """Takes note of what it is asked to do; a step takes ``seconds``."""
 
-    n_data_ranks = 1
+    n_data_ranks, sequence_cost = 1, (1.0, 0.0)
 
     def __init__(self, seconds=0.0):
         self.scales, self.optimizer, self._seconds = [], None, seconds

@@ -167,6 +167,7 @@ def test_ranks_that_share_sequences(model_folder, tmp_path):
 
     async def scenario(handle):
         assert (handle.world_size, handle.n_data_ranks) == (2, 1)
+        assert handle.sequence_cost[1] > 0  # attention counts
         batch = make_batch(n_minibatches=2, capacity=100)
         microbatch = batch.minibatches[0].ranks[0][0]
         _, digest = await handle.publish(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,16 @@ def _check_weights(actor: ActorConfig) -> None:
             why = "has no weight to mask" if key.endswith("mask") else "multiplies the weights of a whole sequence, without a bound"
             raise ConfigError(f"actor.{key} {why}", f"set actor.behav_imp_weight_cap=2, or remove actor.{key.partition('=')[0]}")
     if actor.behav_filter_cap is None:
-        for key in ("behav_filter_level", "behav_filter_side"):
-            if (value := getattr(actor, key)) != ActorConfig.model_fields[key].default:
-                raise ConfigError(
-                    f"actor.{key}={value} has no effect with actor.behav_filter_cap=null",
-                    f"set actor.behav_filter_cap=1.4, or remove actor.{key}",
-                )
+        _refuse_without_effect(
+            actor, ("behav_filter_level", "behav_filter_side"), "actor.behav_filter_cap=null", "actor.behav_filter_cap=1.4"
+        )
+
+
+def _refuse_without_effect(actor: ActorConfig, keys: Sequence[str], why: str, way_out: str) -> None:
+    """``keys`` must have their defaults, spelled out or not."""
+    for key in keys:
+        if (value := getattr(actor, key)) != ActorConfig.model_fields[key].default:
+            raise ConfigError(f"actor.{key}={value} has no effect with {why}", f"set {way_out}, or remove actor.{key}")
 
 
 def check_critic_and_reference(config: GRPOConfig, longest: int) -> None:
@@ -91,9 +95,7 @@ def check_critic_and_reference(config: GRPOConfig, longest: int) -> None:
 def _check_kl(config: GRPOConfig) -> None:
     if config.uses_ref:
         return
-    for key in ("kl_in", "kl_estimator"):
-        if (value := getattr(config.actor, key)) != ActorConfig.model_fields[key].default:
-            raise ConfigError(f"actor.{key}={value} has no effect with actor.kl_ctl=0", f"set actor.kl_ctl=0.001, or remove actor.{key}")
+    _refuse_without_effect(config.actor, ("kl_in", "kl_estimator"), "actor.kl_ctl=0", "actor.kl_ctl=0.001")
     if config.ref != RefConfig():
         raise ConfigError("ref.* is set, but with actor.kl_ctl=0 there is no reference model", "set actor.kl_ctl=0.001, or remove ref")
 

@@ -228,17 +228,23 @@ class PromptDataset:
                     f"the data set {self.name} had {what} {state[what]} when its state was saved and has {now} now",
                     f"restore the old {what}, or start without recovery",
                 )
-        self._last = None if state["last"] is None else (state["last"][0], state["last"][1])
-        if self._last is not None:
-            row = self._usable(self._last[0])
-            if row is None or _digest(row) != self._last[1]:
-                raise ConfigError(
-                    f"row {self._last[0]} of the data set {self.name} is another one than when its state was saved",
-                    "give the same rows, or start without recovery",
-                )
+        last = state["last"]
+        if last is not None and self._digest_of(last[0]) != last[1]:
+            raise ConfigError(
+                f"row {last[0]} of the data set {self.name} is another one than when its state was saved",
+                "give the same rows, or start without recovery",
+            )
+        self._last = None if last is None else (last[0], last[1])
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = None
         self.dropped = Counter(state["dropped"])
+
+    def _digest_of(self, index: int) -> str | None:
+        """None for a row that is malformed."""
+        try:
+            return _digest(self.source[index])
+        except MalformedRow:
+            return None
 
 
 def _digest(row: Mapping[str, Any]) -> str:

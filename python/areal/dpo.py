@@ -17,9 +17,7 @@ from areal.config import ConfigError, GRPOConfig
 from areal.config_check_supervised import check_dpo_config, check_dpo_machine
 from areal.data import load_dataset
 from areal.metrics import step_meters
-from areal.packer import attention_cost
 from areal.preferences import Pair, Preferences, load_preferences, make_dpo_batch
-from areal.run_folder import model_config
 from areal.supervised import SupervisedTrainer
 from areal.types import Minibatch
 
@@ -98,8 +96,8 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
 
     def _next_batch(self, preferences: Preferences) -> Minibatch:
         pairs: list[Pair] = preferences.pairs(self._recipe.batch_size)
-        cost = attention_cost(model_config(self.config))
-        return make_dpo_batch(pairs, self.config.actor.mb_spec.max_tokens_per_mb, self._cluster.trainer.n_data_ranks, cost)
+        trainer = self._cluster.trainer
+        return make_dpo_batch(pairs, self.config.actor.mb_spec.max_tokens_per_mb, trainer.n_data_ranks, trainer.sequence_cost)
 
     def _lr_scale(self, step: int) -> float:
         """Share of the configured rates at the step numbered ``step`` from 0: linear up over the warm-up, linear down to ``lr_end``."""

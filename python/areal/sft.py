@@ -19,8 +19,6 @@ from areal.config_check_supervised import check_sft_config, check_sft_machine
 from areal.data import MalformedRow, PromptDataset, encode_prompt
 from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
 from areal.metrics import step_meters
-from areal.packer import attention_cost
-from areal.run_folder import model_config
 from areal.supervised import SupervisedTrainer
 from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
@@ -43,6 +41,11 @@ class SupervisedEngine(Protocol):
     @property
     def n_data_ranks(self) -> int:
         """Ranks that get micro-batches of their own."""
+        ...
+
+    @property
+    def sequence_cost(self) -> tuple[float, float]:
+        """By which the ranks get like shares of a batch, as of ``plan_microbatches``."""
         ...
 
     async def set_optimizer(self, config: OptimizerConfig) -> None:
@@ -122,7 +125,6 @@ class SupervisedRun:
         report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, tokens, tokens_per_s, seconds,
             skipped_nonfinite, mfu} (the last of the rank's time in this step), and accuracy when one has just been measured.
         overlap: go on training while answers are checked; false where runs must repeat bit for bit.
-        cost: of a sequence, as of ``plan_microbatches``.
     """
 
     def __init__(
@@ -135,7 +137,6 @@ class SupervisedRun:
         check: AccuracyCheck | None = None,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
         overlap: bool = True,
-        cost: tuple[float, float] = (1.0, 0.0),
     ) -> None:
         if config.stop_at_accuracy is not None and check is None:
             raise ConfigError(
@@ -145,7 +146,6 @@ class SupervisedRun:
         self._engine, self._demonstrations, self._capacity = engine, demonstrations, max_tokens_per_mb
         self._check, self._report, self._overlap = check, report, overlap
         self._checking: asyncio.Task[float] | None = None
-        self._cost = cost
 
     async def run(self) -> SFTResult:
         begin = time.monotonic()
@@ -171,7 +171,8 @@ class SupervisedRun:
         return self.result
 
     def _next_batch(self) -> Minibatch:
-        return make_sft_batch(self._demonstrations.batch(self.config.batch_size), self._capacity, self._engine.n_data_ranks, self._cost)
+        samples, engine = self._demonstrations.batch(self.config.batch_size), self._engine
+        return make_sft_batch(samples, self._capacity, engine.n_data_ranks, engine.sequence_cost)
 
     async def _look_at_check(self) -> float | None:
         """Starts a check when one is due, acts on one that is finished and returns its accuracy."""
@@ -303,7 +304,6 @@ async def warm_up(
         check=check,
         report=report,
         overlap=not config.deterministic,
-        cost=attention_cost(model_config(config)),
     )
     result = await run.run()
     await cluster.trainer.set_optimizer(config.actor.optimizer)

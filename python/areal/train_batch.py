@@ -10,8 +10,7 @@ import numpy as np
 
 from areal.algo.advantage import Scores, Targets, compute_targets
 from areal.config import ActorConfig, CriticConfig, GRPOConfig
-from areal.packer import attention_cost, collect, fill, make_train_batch
-from areal.run_folder import model_config
+from areal.packer import collect, fill, make_train_batch
 from areal.types import Group, TrainBatch
 
 
@@ -21,6 +20,11 @@ class Scorer(Protocol):
     @property
     def n_data_ranks(self) -> int:
         """Ranks that get micro-batches of their own."""
+        ...
+
+    @property
+    def sequence_cost(self) -> tuple[float, float]:
+        """By which the ranks get like shares of a batch, as of ``plan_microbatches``."""
         ...
 
     async def score(self, batch: TrainBatch, logprobs: bool = False) -> dict[str, Any]:
@@ -39,7 +43,7 @@ class PreparedBatch(NamedTuple):
 
 async def prepare_batch(config: GRPOConfig, trainer: Scorer, trained: Sequence[Group], answered: Sequence[Group]) -> PreparedBatch:
     """``trained`` as ``trainer.train_step`` takes it; ``answered`` are the same groups before ``without_truncated``."""
-    batch = await asyncio.to_thread(_pack, config, trained, trainer.n_data_ranks)
+    batch = await asyncio.to_thread(_pack, config, trained, trainer.n_data_ranks, trainer.sequence_cost)
     scored: dict[str, Any] = {}
     if config.critic is not None or config.uses_ref:
         scored = await trainer.score(batch, logprobs=_recomputes(config))
@@ -52,9 +56,7 @@ def _recomputes(config: GRPOConfig) -> bool:
     return actor.kl_in_reward and actor.recompute_logprob and actor.prox_logp_method == "recompute"
 
 
-def _pack(config: GRPOConfig, groups: Sequence[Group], world_size: int) -> TrainBatch:
-    cost = attention_cost(model_config(config))
-
+def _pack(config: GRPOConfig, groups: Sequence[Group], world_size: int, cost: tuple[float, float]) -> TrainBatch:
     def cut(section: ActorConfig | CriticConfig) -> TrainBatch:
         return make_train_batch(
             groups,

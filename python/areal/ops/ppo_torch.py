@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from areal.ops.ppo_token import MAX_LOG_RATIO, PPOParameters, filtered, log_ratio, ppo_term
+from areal.ops.ppo_token import MAX_LOG_RATIO, LogRatio, PPOParameters, PPOTerm, filtered, log_ratio, ppo_term
 
 
 class PPOOptions(NamedTuple):
@@ -86,24 +86,28 @@ def ppo_loss_torch(
         entropy = torch.where(counted, entropy, 0.0)
         loss = loss - options.entropy_coef * (weights * entropy).sum() / denominator
 
-    with torch.no_grad():
-        sums = {
-            "loss": loss.detach(),
-            "n_tokens": counted.sum(),
-            "clipped": term.high.sum() + term.low.sum(),
-            "clipped_high": term.high.sum(),
-            "clipped_low": term.low.sum(),
-            "dual_clipped": term.dual.sum(),
-            "ratio": torch.where(counted, ratio, 0.0).sum(),
-            "importance_weight": torch.where(counted, term.weight, 0.0).sum(),
-            "weight_truncated": term.truncated.sum(),
-            "filtered": (counted & ~term.kept).sum(),
-            "kl_proximal": (moved.ratio - 1.0 - moved.log).sum(),
-            "kl_behaviour": (stale.ratio - 1.0 - stale.log).sum(),
-        }
-        if entropy is not None:
-            sums["entropy"] = entropy.sum()
+    sums = _statistics(loss, counted, ratio, moved, stale, term)
+    if entropy is not None:
+        sums["entropy"] = entropy.detach().sum()
     return loss, {name: value.float() for name, value in sums.items()}
+
+
+@torch.no_grad()
+def _statistics(loss: Tensor, counted: Tensor, ratio: Tensor, moved: LogRatio, stale: LogRatio, term: PPOTerm) -> dict[str, Tensor]:
+    return {
+        "loss": loss.detach(),
+        "n_tokens": counted.sum(),
+        "clipped": term.high.sum() + term.low.sum(),
+        "clipped_high": term.high.sum(),
+        "clipped_low": term.low.sum(),
+        "dual_clipped": term.dual.sum(),
+        "ratio": torch.where(counted, ratio, 0.0).sum(),
+        "importance_weight": torch.where(counted, term.weight, 0.0).sum(),
+        "weight_truncated": term.truncated.sum(),
+        "filtered": (counted & ~term.kept).sum(),
+        "kl_proximal": (moved.ratio - 1.0 - moved.log).sum(),
+        "kl_behaviour": (stale.ratio - 1.0 - stale.log).sum(),
+    }
 
 
 def _sequences(cu_seqlens: Tensor, n_tokens: int) -> tuple[Sequences, Tensor]:

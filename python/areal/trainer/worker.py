@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal.config import DPOConfig, GRPOConfig, OptimizerConfig
+from areal.packer import attention_cost
 from areal.trainer.rpc import Link, WorkerDied, WorkerFailed, WorkerTimeout
 from areal.types import Microbatch, Minibatch, TrainBatch
 from areal.weight_sync.stream import SendResult, Target
@@ -38,6 +40,9 @@ class CheckpointFailed(OSError):
 
 class TrainerHandle:
     """All ranks of the trainer. ``await TrainerHandle.start(...)``; methods may be called from one event loop only."""
+
+    sequence_cost: tuple[float, float]
+    """By which the ranks get like shares of a batch, as of ``plan_microbatches``."""
 
     def __init__(self, config: GRPOConfig, run_folder: Path) -> None:
         self.layout = config.trainer_layout
@@ -73,6 +78,7 @@ class TrainerHandle:
                 "shm_name": self.shm_name,
             }
             await self._call_all("init", config.actor.step_timeout, lambda rank: {**arguments, "rank": rank})
+            self.sequence_cost = attention_cost(json.loads((model_folder / "config.json").read_text(encoding="utf-8")))
         except BaseException:
             await self.close()
             raise
