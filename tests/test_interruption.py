@@ -167,22 +167,27 @@ def test_streamed_tokens_have_the_right_version_however_late_they_come() -> None
     late.resumed_with(8)
     late.take(_chunk(3, 0), "url")  # sampled before the pause
     assert not late.is_clear
-    late.resumed_with(9)
-    for chunk in (_chunk(4, 1), _chunk(5, 2), _chunk(6, 2)):
+    for chunk in (_chunk(4, 1), _chunk(5, 2), _chunk(6, 2)):  # the second retraction is for want of memory
         late.take(chunk, "url")
-    assert late.done.versions == [7, 7, 7, 8, 9, 9] and late.is_clear
-    late.take(_chunk(7, 3), "url")  # for want of memory
+    assert late.done.versions == [7, 7, 7, 8, 8, 8] and late.is_clear
     late.resumed_with(10)
-    late.take(_chunk(8, 4, "stop"), "url")
-    assert late.done.versions == [7, 7, 7, 8, 9, 9, 9, 10] and late.reason == "stop"
+    late.take(_chunk(7, 3, "stop"), "url")
+    assert late.done.versions == [7, 7, 7, 8, 8, 8, 10] and late.reason == "stop"
 
 
-def test_a_request_that_had_not_begun_is_of_the_new_weights() -> None:
-    waiting = _submission(7)
-    assert not waiting.is_clear
-    waiting.resumed_with(8)
-    waiting.take(_chunk(1, 0), "url")
-    assert waiting.done.versions == [8]
+@pytest.mark.parametrize("reason", [None, "stop"])
+@pytest.mark.parametrize("n_shown", [0, 2])
+def test_what_went_unclear_through_an_update_is_not_taken_over(n_shown: int, reason: str | None) -> None:
+    """It may have waited, or have been over with its last tokens on their way: shown nothing yet, or nothing since the last update."""
+    doubtful = _submission(7)
+    if n_shown:
+        doubtful.take(_chunk(n_shown, 0), "url")
+        doubtful.resumed_with(8)
+    assert not doubtful.is_clear
+    doubtful.resumed_with(9)
+    doubtful.take(_chunk(n_shown + 1, 0, reason), "url")
+    assert doubtful.is_lost and doubtful.reason == (reason and "abort")
+    assert doubtful.done.versions == [7] * n_shown
 
 
 def test_chunks_put_together_over_an_update_are_not_taken_over() -> None:

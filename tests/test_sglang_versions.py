@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from interrupted import generate_through_updates, prove, update_from_disk
 from rollout_servers import Server, make_model
@@ -20,6 +21,7 @@ from areal.inference.client import RequestRejected, RolloutClient
 from areal.types import ModelRequest
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+ONE_TOKEN = GenerationConfig(max_new_tokens=1, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,33 @@ def test_every_token_of_200_generations_has_the_version_that_sampled_it(models: 
         f"pause to resumed without the transfer, 200 in flight: {sorted(pauses)[len(pauses) // 2]:.3f} s median, {max(pauses):.3f} s worst; {proof}"
     )
     assert proof["n_mixed"] >= 200 and proof["wrong"] > 0.05
+
+
+def test_an_answer_of_the_old_weights_that_comes_after_the_update_is_not_taken_for_one_of_the_new(
+    models: list[Path], server: SGLangServer
+) -> None:
+    """One token each, sampled before the pause, and stuck in SGLang's detokenizer until the server has gone on under other weights."""
+    (detokenizer,) = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "detokenizer" in " ".join(p.cmdline())]
+
+    async def main() -> list[Any]:
+        client = RolloutClient(RolloutConfig(request_timeout=120), [server.url], [server.process], update_mode="retract")
+        await update_from_disk(client, server.url, models, 0)
+        detokenizer.suspend()
+        tasks = [asyncio.ensure_future(client.agenerate(ModelRequest([3, 4, 3 + i], ONE_TOKEN))) for i in range(8)]
+        await asyncio.sleep(2.0)  # the scheduler is through with them
+        await update_from_disk(client, server.url, models, 1)
+        assert not any(task.done() for task in tasks)
+        detokenizer.resume()
+        responses = await asyncio.gather(*tasks)
+        await client.close()
+        return responses
+
+    try:
+        responses = asyncio.run(main())
+    finally:
+        detokenizer.resume()
+    assert [response.output_versions for response in responses] == [[1]] * 8
+    prove(responses, models, _eos(models))
 
 
 def test_requests_with_stop_strings_are_sent_again(models: list[Path], server: SGLangServer) -> None:

@@ -53,13 +53,15 @@ class Submission:
     """Tokens that this submission has added to ``done``."""
     retractions: int = 0
     """``num_retractions`` of the newest chunk: how often the server has thrown away its KV."""
-    pending: list[int] = field(default_factory=list)
-    """Versions of the updates during which this stayed in the server, and of which no token has come yet."""
+    pending: int | None = None
+    """Version of the update during which this stayed in the server, while no token of it has come yet."""
+    is_doubtful: bool = False
+    """It went through an update unclear: nothing tells whether its next token was sampled before or after."""
     streamed: bool = False
     stamped: bool = False
     """The server says by which version each token was sampled."""
     is_lost: bool = False
-    """A chunk held tokens from before and after an update: nothing of it or later is taken over, and it is to be aborted."""
+    """A chunk held tokens from before and after an update, or doubtful ones: nothing of it or later is taken over, and it is to be aborted."""
     reason: StopReason | None = None
     """Why it ended; None while it goes on, and if it broke off."""
 
@@ -83,14 +85,14 @@ class Submission:
 
         Not if it has shown nothing since it was sent or since the last update: it may be waiting, and then no pause retracts it.
         """
-        return bool(self.n_new) and not self.pending and not self.holds_back
+        return bool(self.n_new) and self.pending is None and not self.holds_back
 
     def resumed_with(self, version: int) -> None:
-        """The server has taken other weights while this was in it, and goes on."""
-        if self.n_new:
-            self.pending.append(version)
+        """The server, which stamps no versions, has taken other weights while this was in it, and goes on."""
+        if self.is_clear:
+            self.pending = version
         else:
-            self.version = version
+            self.is_doubtful = True
 
     def _take(self, answer: Any, url: str) -> None:
         meta, output_ids = answer["meta_info"], answer["output_ids"]
@@ -102,8 +104,11 @@ class Submission:
         if self.is_lost or (self.streamed and self.reason == "abort"):
             self.reason = self.reason and "abort"
             return  # an aborted one does not say when its last tokens were sampled; they are sampled again, whatever they are
-        if self.pending and n_new > 1 and meta.get("num_retractions", 0) > self.retractions:
-            self.is_lost = True  # SGLang puts chunks together when its HTTP process comes too late to send the first
+        # SGLang puts chunks together when its HTTP process comes too late to send the first.
+        is_mixed = self.pending is not None and n_new > 1 and meta.get("num_retractions", 0) > self.retractions
+        if n_new and (is_mixed or self.is_doubtful):
+            self.is_lost = True
+            self.reason = self.reason and "abort"
             return
         entries = (meta.get("output_token_logprobs") or [])[-n_new:] if n_new else []
         tokens = [token for _, token, *_ in entries]
@@ -121,9 +126,8 @@ class Submission:
             self.stamped = True
             return list(stamped[-n_new:]) if n_new else []
         retractions = meta.get("num_retractions", 0) if n_new else self.retractions
-        for _ in range(retractions - self.retractions if self.n_new else 0):
-            if self.pending:  # else it was for want of memory
-                self.version = self.pending.pop(0)
+        if self.pending is not None and retractions > self.retractions:  # without an update it was for want of memory
+            self.version, self.pending = self.pending, None
         self.retractions = retractions
         return [self.version] * n_new
 

@@ -11,8 +11,9 @@ more. SGLang stamps none, so requests are streamed there, one token a chunk, and
 retracted. A pause retracts what is running; so the tokens of a request that was seen running are told apart by that number, however late
 they arrive, and they do: the acknowledgement of a pause overtakes tokens by milliseconds, or by seconds on a machine that is short of
 CPU. What was not seen running since it was sent, or since the last update, may be waiting, and then no pause retracts it: it is aborted
-and sent again. What the server does not end then has not begun there, and all its tokens will be of the new weights. Requests with stop
-strings are aborted too, since SGLang holds tokens back while they could be the beginning of one.
+and sent again. Requests with stop strings are aborted too, since SGLang holds tokens back while they could be the beginning of one.
+What the server does not end then has either not begun there, or is over there and its last tokens are on their way: the two look alike,
+so the first chunk of it that comes after the update is not taken over, and it is sent again.
 Retractions for want of memory do not disturb this: before the update is over they find nothing to be told apart, and one that comes
 later comes after the one of the pause, unless the request waited for memory when the pause came, and then its next token is of the new
 weights as well. The one case left is a retraction for want of memory within the last steps before a pause, whose token arrives only after
@@ -64,8 +65,9 @@ async def resume(server: Server, mode: InterruptMode, version: int, timeout: flo
     """Lets the server go on under the weights of ``version``. Raises InterruptFailed."""
     server.version = version
     if mode != "abort":
-        for submission in server.submissions.values():
-            submission.resumed_with(version)
+        if not server.stamps:
+            for submission in server.submissions.values():
+                submission.resumed_with(version)
         try:
             await server.wire.call("POST", "/continue_generation", {}, timeout=timeout)
         except TimeoutError:
