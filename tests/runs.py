@@ -28,22 +28,29 @@ TINY = [
 
 
 class TrainRun:
-    """A started ``areal train examples/arithmetic.yaml`` with ``TINY`` and more overrides."""
+    """A started ``areal train examples/arithmetic.yaml`` (or another command) with ``TINY`` and more overrides."""
 
-    def __init__(self, folder: Path, *overrides: str, config: str = "examples/arithmetic.yaml", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        config: str = "examples/arithmetic.yaml",
+        env: dict[str, str] | None = None,
+        command: str = "train",
+    ) -> None:
         self.folder = folder / "arithmetic" / "run"
-        command = [
+        words = [
             sys.executable,
             "-m",
             "areal",
-            "train",
+            command,
             config,
             f"stats_logger.fileroot={folder}",
             "experiment_name=arithmetic",
             "trial_name=run",
         ]
         self.process = subprocess.Popen(
-            [*command, *TINY, *overrides],
+            [*words, *TINY, *overrides],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=(folder / "stderr").open("wb"),

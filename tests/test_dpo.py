@@ -191,7 +191,6 @@ def example(tmp_path, *words):
         (["actor.lora={target_modules: []}"], "target_modules is empty"),
         (["train_dataset.max_prompt_len=9000"], "does not fit into actor.mb_spec.max_tokens_per_mb=8192"),
         (["dpo.beta=0"], "dpo.beta"),
-        (["recover.mode=required"], "`areal sft` and `areal dpo` write no recover checkpoints"),
     ],
 )
 def test_mistakes_in_the_configuration(tmp_path, words, sentence):

@@ -21,8 +21,9 @@ from areal.config import ConfigError, GRPOConfig
 from areal.data import load_dataset
 from areal.metrics import RunTotals
 from areal.random_state import random_state, set_random_state
-from areal.recover import RunState, find_resumable, go_on
+from areal.recover import find_resumable, go_on
 from areal.recover_files import begin_checkpoint, checkpoints, file_digest, finish_checkpoint, keep_newest, what_is_done, what_is_wrong
+from areal.recover_train import TrainState
 from areal.run_folder import run_folder_of
 
 
@@ -55,10 +56,10 @@ def root(model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def state(config: GRPOConfig, step: int, **changes: Any) -> RunState:
+def state(config: GRPOConfig, step: int, **changes: Any) -> TrainState:
     model = json.loads((Path(config.actor.path) / "config.json").read_text())
     model = {k: v for k, v in model.items() if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")}
-    return RunState(
+    return TrainState(
         **{  # type: ignore[arg-type]
             "step": step,
             "config": config.model_dump(mode="json"),
@@ -95,7 +96,7 @@ def test_the_newest_whole_checkpoint_comes_back_as_it_was(root: Path) -> None:
         write(config, step)
     half = begin_checkpoint(run_folder_of(config), 11)
     (half / "models").mkdir()
-    found = find_resumable(config)
+    found = find_resumable(config, TrainState)
     assert found is not None and found == state(config, 10, random=found.random)
     assert found.folder.name == "step_000010" and found.notes == []
     keep_newest(run_folder_of(config), 2)
@@ -129,7 +130,7 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Path, damage: str) ->
     assert what_is_wrong(newest) == ""
     do, sentence = DAMAGE[damage]
     do(newest)
-    found = find_resumable(config)
+    found = find_resumable(config, TrainState)
     assert found is not None and found.step == 3
     assert (
         len(found.notes) == 1
@@ -143,22 +144,22 @@ def test_damage_is_found_and_the_one_before_is_taken(root: Path, damage: str) ->
     with pytest.raises(
         ConfigError, match="no recover checkpoint of .* can be used; the recover checkpoint step_000003 .* recover.mode=off"
     ):
-        find_resumable(config)
+        find_resumable(config, TrainState)
 
 
 def test_when_a_run_starts_anew(root: Path) -> None:
     config = make(root)
-    assert find_resumable(config) is None
+    assert find_resumable(config, TrainState) is None
     with pytest.raises(ConfigError, match=r"recover.mode=required, but there is no recover checkpoint in .*set recover.mode=auto"):
-        find_resumable(make(root, recover__mode="required"))
+        find_resumable(make(root, recover__mode="required"), TrainState)
     write(config, 100)
-    assert find_resumable(make(root, recover__mode="off")) is None
-    assert find_resumable(config) is not None, "it has all its steps, but was cut off before its end"
+    assert find_resumable(make(root, recover__mode="off"), TrainState) is None
+    assert find_resumable(config, TrainState) is not None, "it has all its steps, but was cut off before its end"
     (run_folder_of(config) / "summary.json").write_text('{"train_steps": 100}')
-    assert find_resumable(config) is None
-    assert find_resumable(make(root, total_train_steps=101)) is not None
+    assert find_resumable(config, TrainState) is None
+    assert find_resumable(make(root, total_train_steps=101), TrainState) is not None
     with pytest.raises(ConfigError, match=r"the run in .* has finished \(raise total_train_steps"):
-        find_resumable(make(root, recover__mode="required"))
+        find_resumable(make(root, recover__mode="required"), TrainState)
 
 
 def test_what_may_not_change(root: Path) -> None:
@@ -173,33 +174,33 @@ def test_what_may_not_change(root: Path) -> None:
     }
     for key, (value, sentence) in refused.items():
         with pytest.raises(ConfigError, match=f"{sentence}.*trial_name.*recover.mode=off"):
-            find_resumable(make(root, **{key: value}))
+            find_resumable(make(root, **{key: value}), TrainState)
     make_model(root / "other", hidden_size=64)
     with pytest.raises(ConfigError, match=r"actor.path=.*/other is another model than .*: hidden_size is 64 instead of 32"):
-        find_resumable(make(root, actor__path=str(root / "other")))
+        find_resumable(make(root, actor__path=str(root / "other")), TrainState)
     shutil.copytree(root / "model", root / "moved")
     may = {"actor__path": str(root / "moved"), "actor__optimizer": {"lr": 1e-3}, "actor__backend": "fsdp:d4", "total_train_steps": 500}
     may |= {"rollout__max_head_offpolicyness": 7, "rollout__consumer_batch_size": 8, "actor__dtype": "bfloat16"}
-    assert find_resumable(make(root, **may)) is not None
+    assert find_resumable(make(root, **may), TrainState) is not None
 
 
 def test_a_reference_that_the_warm_up_made_is_needed_again(root: Path) -> None:
     warm = {"warmup": {"total_steps": 4}, "actor__kl_ctl": 0.1}
     write(make(root), 5)
-    assert find_resumable(make(root, actor__kl_ctl=0.1)) is not None, "it is the starting model"
+    assert find_resumable(make(root, actor__kl_ctl=0.1), TrainState) is not None, "it is the starting model"
     with pytest.raises(ConfigError, match="warmup is given, but the run that would go on in .* began without one.*set ref.path"):
-        find_resumable(make(root, **warm))
+        find_resumable(make(root, **warm), TrainState)
     write(make(root, warmup=warm["warmup"]), 6)
     with pytest.raises(
         ConfigError, match=r"actor.kl_ctl=0.1 needs the reference model that the warm-up made, .* did not keep one.*ref.path"
     ):
-        find_resumable(make(root, **warm))
-    assert find_resumable(make(root, **warm, ref__path="/somewhere")) is not None
+        find_resumable(make(root, **warm), TrainState)
+    assert find_resumable(make(root, **warm, ref__path="/somewhere"), TrainState) is not None
     write(make(root, **warm), 7)
-    assert find_resumable(make(root, **warm)) is not None
-    assert find_resumable(make(root)) is not None, "without a reference from here on"
+    assert find_resumable(make(root, **warm), TrainState) is not None
+    assert find_resumable(make(root), TrainState) is not None, "without a reference from here on"
     with pytest.raises(ConfigError, match="warmup is null, but the run that would go on in .* began with one"):
-        find_resumable(make(root, actor__kl_ctl=0.1))
+        find_resumable(make(root, actor__kl_ctl=0.1), TrainState)
 
 
 def test_a_running_run_is_left_alone(root: Path) -> None:
@@ -217,7 +218,7 @@ with run_lock(Path({str(run_folder_of(config))!r})):
     try:
         assert running.stdout is not None and running.stdout.readline() == "locked\n"
         with pytest.raises(ConfigError, match="a run that is going on writes to"):
-            find_resumable(config)
+            find_resumable(config, TrainState)
     finally:
         running.kill()
         running.wait()
@@ -235,7 +236,7 @@ def test_a_state_of_other_fields_is_told(root: Path) -> None:
     own["state.json"] = json.dumps({**json.loads(own["state.json"]), "flux": 1}).encode()
     finish_checkpoint(partial, {}, own)
     with pytest.raises(ConfigError, match=r"step_000001 cannot be read here .*flux.*go on with the areal"):
-        find_resumable(config)
+        find_resumable(config, TrainState)
 
 
 def lines(path: Path, rows: list[dict[str, Any]], torn: bytes = b"") -> None:
@@ -263,7 +264,7 @@ def test_the_files_of_a_run_go_back_to_the_step(root: Path) -> None:
     (folder / "summary.json").write_text('{"train_steps": 4}')
     for name in ("step_000002", "step_000004", "step_000006", "step_000004.partial-7", "final"):
         (folder / "checkpoints" / name).mkdir(parents=True)
-    found = find_resumable(config.new(total_train_steps=20))
+    found = find_resumable(config.new(total_train_steps=20), TrainState)
     assert found is not None
     for _ in range(2):  # also after a kill right behind it
         found.notes = []

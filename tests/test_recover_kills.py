@@ -18,6 +18,7 @@ from test_recover import lines, make, model, read, root, write
 from areal.models.loading import load_model, meta_template
 from areal.recover import find_resumable, go_on
 from areal.recover_files import checkpoints, cut_back, keep_newest, what_is_wrong
+from areal.recover_train import TrainState
 from areal.run_folder import keep_last, run_folder_of
 from areal.trainer.checkpoint import write_checkpoint
 
@@ -65,10 +66,10 @@ def test_a_kill_between_any_two_file_operations_leaves_whole_checkpoints(root: P
         if not killed_at(number, work):
             break
         assert all(what_is_wrong(path) == "" for path in checkpoints(folder)), number
-        found = find_resumable(config)
+        found = find_resumable(config, TrainState)
         assert found is not None and not found.notes
         killed_at(number % 12, lambda found=found: go_on(found, folder))
-        found = find_resumable(config)
+        found = find_resumable(config, TrainState)
         assert found is not None and not found.notes
         go_on(found, folder)
         assert all(path in checkpoints(folder) for path in (folder / "recover").iterdir()), number

@@ -14,8 +14,9 @@ from chat_templates import byte_tokenizer
 from areal.config import ActorConfig, ConfigError, DatasetConfig, GRPOConfig, SFTConfig
 from areal.config_load import load_expr_config
 from areal.data import PromptDataset, load_dataset
-from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
-from areal.sft import RateSchedule, SFTTrainer, SupervisedRun, check_rows
+from areal.demonstrations import Demonstrations, demonstration_rows, load_demonstrations, make_sft_batch
+from areal.sft import RateSchedule, SFTTrainer, SupervisedRun
+from areal.sft_check import check_rows
 from areal.tasks.arithmetic import build_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -61,7 +62,9 @@ def test_unusable_demonstrations_are_dropped_and_counted(tmp_path, tokenizer):
     assert demonstrations.dropped == {"malformed_row": 5, "too_long": 1}
     dataset = DatasetConfig(type="given", prompt_key="q", chat_template=False, shuffle=False, max_prompt_len=3)
     config = arithmetic_config(dataset=None).new(train_dataset=dataset)
-    demonstrations = load_demonstrations(config, tokenizer, [{"q": "a1=", "answer": "#1"}, {"q": "a1b+1=", "answer": "#2"}])
+    demonstrations = load_demonstrations(
+        config, tokenizer, demonstration_rows(config, [{"q": "a1=", "answer": "#1"}, {"q": "a1b+1=", "answer": "#2"}])
+    )
     assert [tokenizer.decode(sample.input_ids) for sample in demonstrations.batch(2)] == ["a1=#1<eos>"] * 2
     assert demonstrations.dropped == {"prompt_too_long": 1}
 
@@ -127,34 +130,38 @@ class RecordingEngine:
     n_data_ranks, sequence_cost = 1, (1.0, 0.0)
 
     def __init__(self, seconds=0.0):
-        self.scales, self.optimizer, self._seconds = [], None, seconds
+        self.scales, self.batches, self._seconds = [], [], seconds
 
     async def set_optimizer(self, config):
-        self.optimizer = config
+        raise AssertionError("whoever starts the loop has set it")
 
     async def sft_step(self, minibatch, lr_scale):
         await asyncio.sleep(self._seconds)
         self.scales.append(lr_scale)
+        self.batches.append([mb.input_ids.tolist() for turns in minibatch.ranks for mb in turns])
         return {"loss": 1.0 / len(self.scales), "grad_norm": 0.5}
 
 
 class RecordingCheck:
     def __init__(self, engine, accuracies, seconds=0.0):
         self.engine, self._accuracies, self._seconds = engine, iter(accuracies), seconds
-        self.published_at, self.answered_at = [], []
+        self.published_at, self.answered_at, self.numbers = [], [], []
 
     async def publish(self):
         self.published_at.append(len(self.engine.scales))
 
-    async def accuracy(self):
+    async def accuracy(self, number):
+        self.numbers.append(number)
         await asyncio.sleep(self._seconds)
         self.answered_at.append(len(self.engine.scales))
         return next(self._accuracies)
 
 
-def run(config, tokenizer, engine, **kwargs):
+def run(config, tokenizer, engine, state=None, **kwargs):
     rows = []
     sft = SupervisedRun(config.warmup, engine, load_demonstrations(config, tokenizer), 256, report=rows.append, **kwargs)
+    if state is not None:
+        sft.load_state_dict(state)
     return asyncio.run(asyncio.wait_for(sft.run(), 30)), rows
 
 
@@ -162,7 +169,7 @@ def test_without_a_target_all_steps_are_run(tokenizer):
     engine = RecordingEngine()
     result, rows = run(arithmetic_config(total_steps=20, batch_size=4), tokenizer, engine)
     assert result.steps == len(engine.scales) == len(rows) == 20 and not result.reached and result.accuracy is None
-    assert engine.optimizer is not None and engine.scales[0] == 1.0
+    assert engine.scales[0] == 1.0
     assert rows[-1]["tokens"] == result.tokens > 0 and rows[-1]["loss"] == result.loss == 0.05
     assert "accuracy" not in rows[-1]
 
@@ -177,6 +184,29 @@ def test_stops_a_cool_down_after_the_target(tokenizer):
     assert [row["accuracy"] for row in rows if "accuracy" in row] == [0.2, 0.6, 0.9]
     assert rows[29]["phase"] == "cool-down" and rows[28]["phase"] == "training"
     assert all(a > b for a, b in zip(engine.scales, engine.scales[1:], strict=False))
+
+
+@pytest.mark.parametrize("cut", [7, 30, 36, 45])
+def test_a_run_goes_on_from_any_step(tokenizer, cut):
+    """Before a check, after the one that reached the target, in the cool-down, at the end: the same batches, rates and checks."""
+    config = arithmetic_config(total_steps=100, batch_size=2, eval_every=10, stop_at_accuracy=0.85, cooldown_steps=15)
+    answers, states = [0.2, 0.6, 0.9], {}
+
+    async def keep(sft):
+        states[sft.result.steps] = json.dumps(sft.state_dict())
+
+    calm = RecordingEngine()
+    calm_check = RecordingCheck(calm, answers)
+    whole, rows = run(config, tokenizer, calm, check=calm_check, overlap=False, after_step=keep)
+
+    state, engine = json.loads(states[cut]), RecordingEngine()
+    n_checked = min(3, cut // 10)
+    check = RecordingCheck(engine, answers[n_checked:])
+    rest, later = run(config, tokenizer, engine, state=state, check=check, overlap=False)
+    assert engine.scales == calm.scales[cut:] and engine.batches == calm.batches[cut:]
+    assert check.numbers == calm_check.numbers[n_checked:]
+    assert (rest.steps, rest.tokens, rest.reached, rest.accuracy) == (whole.steps, whole.tokens, True, 0.9) == (45, whole.tokens, True, 0.9)
+    assert [row["phase"] for row in later] == [row["phase"] for row in rows[cut:]] and rest.seconds >= state["result"]["seconds"] > 0
 
 
 def test_checks_run_beside_training_one_at_a_time(tokenizer):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +21,7 @@ from areal.inference.servers import RolloutServer, ServerStartError, end_servers
 from areal.inference.sglang import taken_of_trainer_gpu
 from areal.launcher.local import refuse_second_start
 from areal.metrics import EngineMeter, RunTotals, StepClock
-from areal.recover import RunState, find_resumable, go_on
+from areal.recover import SavedState, go_on
 from areal.reward import RewardService
 from areal.reward.code import CodeReward
 from areal.reward.sandbox.levels import describe
@@ -62,14 +62,17 @@ class Cluster:
         valid_dataset: Any = None,
         *,
         with_rollout: bool = True,
-        may_resume: bool = False,
+        find_resumed: Callable[[], SavedState | None] = lambda: None,
     ) -> None:
-        """``with_rollout=False``: the trainer alone, for supervised training. ``may_resume``: an earlier run of the trial may go on."""
+        """
+        Args:
+            with_rollout: false = the trainer alone, for supervised training.
+            find_resumed: what this run goes on from, by ``find_resumable``; takes the rows, which are there by then, to their place.
+        """
         self.config = config
-        self.resumed: RunState | None = None
-        """What this run goes on from; known once it is open."""
+        self._resumed: SavedState | None = None
         self._with_rollout = with_rollout
-        self._may_resume = may_resume
+        self._find_resumed = find_resumed
         self.drops = DropCounter()
         self.meter = EngineMeter()
         self.servers: list[RolloutServer] = []
@@ -92,7 +95,7 @@ class Cluster:
         self.model_folder = prepare_model(config, self.run_folder)
         self.tokenizer = load_tokenizer(self.model_folder)
         self.display = self._resources.enter_context(Display(config, self.run_folder))
-        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config, self.resumed.step if self.resumed else 0))
+        self.stats = self._resources.enter_context(StatsLogger(self.run_folder, config, self._resumed.step if self._resumed else 0))
         self._tell_resumed()
         unlink_stale()
         await self._tell_memory()
@@ -125,22 +128,21 @@ class Cluster:
 
     def _open_folder(self) -> None:
         """That of the run which goes on, as it was then, or a new one."""
-        self.resumed = find_resumable(self.config) if self._may_resume else None
-        if self.resumed is None:
+        self._resumed = self._find_resumed()
+        if self._resumed is None:
             self.run_folder = create_run_folder(self.config)
             self._resources.enter_context(run_lock(self.run_folder))
             return
-        self.resumed.place(self.train_dataset)
         self.run_folder = run_folder_of(self.config)
         self._resources.enter_context(run_lock(self.run_folder))
-        go_on(self.resumed, self.run_folder)
+        go_on(self._resumed, self.run_folder)
         write_config(self.config, self.run_folder)
 
     def _tell_resumed(self) -> None:
-        if self.resumed is not None:
-            for note in self.resumed.notes:
+        if self._resumed is not None:
+            for note in self._resumed.notes:
                 self.display.note(note)
-            self.display.note(f"the run goes on after step {self.resumed.step}, from {self.resumed.folder}", style="")
+            self.display.note(f"the run goes on after step {self._resumed.step}, from {self._resumed.folder}", style="")
 
     async def _tell_memory(self) -> None:
         """What the trainer will need; ``ConfigError`` before anything is started where that is more than there is."""
@@ -168,8 +170,6 @@ class Cluster:
     async def _start_trainer(self) -> None:
         self.trainer = await TrainerHandle.start(self.config, self.model_folder, self.run_folder)
         self._resources.push_async_callback(self.trainer.close)
-        if self.resumed is not None:
-            await self.trainer.restore(self.resumed.folder)
 
     async def _first_server(self, index: int) -> None:
         """All servers of the start are told to have version 0: weights are pushed before the first request."""

@@ -14,7 +14,6 @@ def check_sft_config(config: GRPOConfig) -> None:
     """``ConfigError``; all that `areal train` checks where rollout servers judge the answers."""
     if config.warmup is None:
         raise ConfigError("supervised training needs its recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
-    _check_recover(config)
     if config.warmup.stop_at_accuracy is not None:
         return check_config(config.new(dpo=None))
     _check_trainer(config)
@@ -34,7 +33,6 @@ def check_dpo_config(config: GRPOConfig) -> None:
         raise ConfigError(
             "warmup is not a part of `areal dpo`", "run `areal sft` first, and give its checkpoint as actor.path; remove warmup"
         )
-    _check_recover(config)
     _check_trainer(config)
     _check_prompts("train_dataset", config.train_dataset, config)
     batch, n_ranks = config.dpo.batch_size, config.trainer_layout.data
@@ -63,15 +61,6 @@ def check_dpo_machine(config: GRPOConfig, given: Collection[str] = ()) -> None:
         if config.actor.path:
             check_same_vocabulary("ref.path", config.ref.path, config.actor.path)
     _check_machine(config, "train_dataset", config.train_dataset, given)
-
-
-def _check_recover(config: GRPOConfig) -> None:
-    """The default, ``auto``, is no demand."""
-    if config.recover.mode == "required":
-        raise ConfigError(
-            "recover.mode=required: `areal sft` and `areal dpo` write no recover checkpoints",
-            "remove it, set saver.every_steps=100, and go on from such a checkpoint as actor.path",
-        )
 
 
 def _check_trainer(config: GRPOConfig) -> None:

@@ -40,8 +40,9 @@ from areal.drift import DriftProbe
 from areal.evaluation import Evaluation
 from areal.group_filter import build_filter
 from areal.metrics import RunTotals, StepClock, batch_row, meter_row, train_row
-from areal.recover import Recovery
+from areal.recover import find_resumable
 from areal.recover_files import what_is_done
+from areal.recover_train import TrainRecovery, TrainState
 from areal.runner import Runner
 from areal.sft import warm_up
 from areal.staleness import StalenessManager
@@ -65,7 +66,8 @@ class PPOTrainer:
     def __init__(self, config: GRPOConfig, train_dataset: Any = None, valid_dataset: Any = None) -> None:
         self.config = config
         self.totals = RunTotals()
-        self._cluster = Cluster(config, train_dataset, valid_dataset, may_resume=True)
+        self._cluster = Cluster(config, train_dataset, valid_dataset, find_resumed=self._find_resumed)
+        self._resumed: TrainState | None = None
         self._given = [k for k, rows in (("train_dataset", train_dataset), ("valid_dataset", valid_dataset)) if rows is not None]
         self._asyncio = asyncio.Runner()
         self._started = 0.0
@@ -133,6 +135,12 @@ class PPOTrainer:
             self.eval_workflow = for_held_out(config, self.workflow)
         return self._in_loop(self._train())
 
+    def _find_resumed(self) -> TrainState | None:
+        self._resumed = find_resumable(self.config, TrainState)
+        if self._resumed is not None:
+            self._resumed.place(self._cluster.train_dataset)
+        return self._resumed
+
     def _in_loop(self, coroutine: Any) -> Any:
         try:
             return self._asyncio.run(coroutine)
@@ -140,9 +148,9 @@ class PPOTrainer:
             raise first_error(group) from group
 
     async def _train(self) -> RunTotals:
-        config, cluster = self.config, self._cluster
-        resumed = cluster.resumed
+        config, cluster, resumed = self.config, self._cluster, self._resumed
         if resumed is not None:
+            await cluster.trainer.restore(resumed.folder)
             self.totals = RunTotals(**resumed.totals)
             self._started -= self.totals.seconds_total
         totals = self.totals
@@ -150,7 +158,9 @@ class PPOTrainer:
             watching = tasks.create_task(cluster.watch())
             if config.warmup is not None and resumed is None:
                 begin = time.monotonic()
-                await warm_up(config, cluster, self.eval_workflow)
+                warmed = await warm_up(config, cluster, self.eval_workflow)
+                for cause, n in warmed.dropped.items():
+                    cluster.drops.add(f"demonstration_{cause}", n=n)
                 if config.critic is not None or config.uses_ref:
                     await cluster.trainer.start_from_actor()
                 totals.seconds_warmup = time.monotonic() - begin
@@ -174,9 +184,9 @@ class PPOTrainer:
         staleness = StalenessManager(batch_size, eta, rollout.max_concurrent_rollouts, config.total_train_steps)
         buffer = TrajectoryBuffer(batch_size, eta, mask_over_age=rollout.over_age_tokens == "mask")
         runner = Runner(config, cluster.client, self.workflow, cluster.train_dataset, staleness, buffer, cluster.drops, self.group_filter)
-        recovery = Recovery(cluster, runner, buffer, self.totals, self.group_filter, self._started)
+        recovery = TrainRecovery(cluster, runner, buffer, self.totals, self.group_filter, self._started)
         first = 0
-        if (resumed := cluster.resumed) is not None:
+        if (resumed := self._resumed) is not None:
             first = resumed.step
             staleness.resume(first, len(buffer))
             recovery.resume(resumed)

@@ -27,14 +27,23 @@ class UnusableRow(ValueError):
         self.cause = cause
 
 
-def load_demonstrations(config: GRPOConfig, tokenizer: Any, given: Any = None) -> Demonstrations:
+def demonstration_rows(config: GRPOConfig, given: Any = None) -> PromptDataset:
     """Those of ``warmup.dataset``, else of ``train_dataset`` or the rows ``given`` in its place."""
     assert config.warmup is not None
-    dataset = config.warmup.dataset or config.train_dataset
-    key = "warmup.dataset" if config.warmup.dataset else "train_dataset"
-    given = None if config.warmup.dataset else given
-    rows = given if isinstance(given, PromptDataset) else load_dataset(dataset, config.seed, "demonstrations", key, given)
-    return Demonstrations(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, dataset.max_prompt_len)
+    if config.warmup.dataset:
+        return load_dataset(config.warmup.dataset, config.seed, "demonstrations", "warmup.dataset")
+    return (
+        given
+        if isinstance(given, PromptDataset)
+        else load_dataset(config.train_dataset, config.seed, "demonstrations", "train_dataset", given)
+    )
+
+
+def load_demonstrations(config: GRPOConfig, tokenizer: Any, rows: PromptDataset | None = None) -> Demonstrations:
+    """``rows``: of ``demonstration_rows``; None = those that the config names."""
+    assert config.warmup is not None
+    longest = (config.warmup.dataset or config.train_dataset).max_prompt_len
+    return Demonstrations(rows or demonstration_rows(config), tokenizer, config.actor.mb_spec.max_tokens_per_mb, longest)
 
 
 class Demonstrations:
@@ -58,6 +67,15 @@ class Demonstrations:
     def dropped(self) -> Counter[str]:
         """By cause: malformed_row, prompt_too_long, too_long."""
         return self.rows.dropped + self._dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the rows, and what was dropped so far."""
+        return {"rows": self.rows.state_dict(), "dropped": dict(self._dropped)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ConfigError when the state is of other rows."""
+        self.rows.load_state_dict(state["rows"])
+        self._dropped = Counter(state["dropped"])
 
     def batch(self, n: int) -> list[Trajectory]:
         return [self.next() for _ in range(n)]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from areal.config import ConfigError, GRPOConfig
+from areal.config import ConfigError, GRPOConfig, OptimizerConfig
 from areal.config_check_supervised import check_dpo_config, check_dpo_machine
-from areal.data import load_dataset
+from areal.data import PromptDataset
 from areal.metrics import step_meters
-from areal.preferences import Pair, Preferences, load_preferences, make_dpo_batch
+from areal.preferences import Pair, Preferences, load_preferences, make_dpo_batch, preference_rows
+from areal.recover_supervised import DPOState
 from areal.supervised import SupervisedTrainer
 from areal.types import Minibatch
 
@@ -43,7 +44,7 @@ class DPOResult:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-class DPOTrainer(SupervisedTrainer[DPOResult]):
+class DPOTrainer(SupervisedTrainer[DPOResult, DPOState]):
     """``with DPOTrainer(config) as trainer: trainer.train()``; the result is the Hugging Face checkpoint ``run_folder/checkpoints/final``.
 
     ``config.dpo`` is the recipe, ``config.actor`` model and optimizer, ``config.train_dataset`` says where rows {prompt, chosen, rejected} are;
@@ -56,6 +57,7 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
         ConfigError: the configuration has no dpo.
     """
 
+    _state = DPOState
     _takes_preferences = True
 
     def __init__(self, config: GRPOConfig, train_dataset: Any = None) -> None:
@@ -64,24 +66,30 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
         super().__init__(config, train_dataset)
         self._recipe = config.dpo
 
-    def _check(self) -> None:
+    def _check(self) -> PromptDataset:
         check_dpo_config(self.config)
         check_dpo_machine(self.config, self._given)
-        rows = self._cluster.given_rows[0]
-        if not isinstance(rows, Iterator):
-            first = load_dataset(self.config.train_dataset, self.config.seed, given=rows).first(_LOOKED_AT)
-            _check_rows(first)
+        rows = preference_rows(self.config, self._cluster.given_rows[0])
+        _check_rows(rows.first(_LOOKED_AT))
+        return rows
 
-    async def _learn(self) -> DPOResult:
+    @property
+    def _optimizer(self) -> OptimizerConfig:
+        return self.config.actor.optimizer
+
+    async def _learn(self, resumed: DPOState | None) -> DPOResult:
         cluster, recipe, result = self._cluster, self._recipe, DPOResult()
-        preferences = load_preferences(self.config, cluster.tokenizer, cluster.given_rows[0])
-        begin = time.monotonic()
-        batch = self._next_batch(preferences)
+        preferences = load_preferences(self.config, cluster.tokenizer, self._rows)
+        if resumed is not None:
+            result = DPOResult(**resumed.result)
+            preferences.load_state_dict(resumed.rows)
+        begin = time.monotonic() - result.seconds
+        place, batch = self._next_batch(preferences)
         while result.steps < recipe.total_steps:
             started = time.time()
             stepping = asyncio.create_task(cluster.trainer.dpo_step(batch, recipe, self._lr_scale(result.steps)))
             await asyncio.sleep(0)  # the ranks get this batch before the next one is made
-            n_pairs, batch = int(batch.denominator), self._next_batch(preferences)
+            n_pairs, (place, batch) = int(batch.denominator), self._next_batch(preferences)
             stats = await stepping
             cluster.stats.span("trainer 0", "training", started, time.time())
             result.steps, result.pairs, result.tokens = result.steps + 1, result.pairs + n_pairs, result.tokens + stats["n_tokens"]
@@ -90,14 +98,17 @@ class DPOTrainer(SupervisedTrainer[DPOResult]):
             row = self._row(result, stats)
             cluster.stats.step(row)
             cluster.display.warmup(row, "dpo")
-            self._stepped(result.steps, recipe.total_steps)
+            state = {"result": asdict(result), "rows": place, "progress": {}}
+            await self._stepped(result.steps, recipe.total_steps, state)
         result.dropped = dict(preferences.dropped)
         return result
 
-    def _next_batch(self, preferences: Preferences) -> Minibatch:
+    def _next_batch(self, preferences: Preferences) -> tuple[dict[str, Any], Minibatch]:
+        """With the place in the rows before it."""
+        place = preferences.state_dict()
         pairs: list[Pair] = preferences.pairs(self._recipe.batch_size)
         trainer = self._cluster.trainer
-        return make_dpo_batch(pairs, self.config.actor.mb_spec.max_tokens_per_mb, trainer.n_data_ranks, trainer.sequence_cost)
+        return place, make_dpo_batch(pairs, self.config.actor.mb_spec.max_tokens_per_mb, trainer.n_data_ranks, trainer.sequence_cost)
 
     def _lr_scale(self, step: int) -> float:
         """Share of the configured rates at the step numbered ``step`` from 0: linear up over the warm-up, linear down to ``lr_end``."""

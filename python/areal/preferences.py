@@ -67,11 +67,14 @@ def _answer(row: Mapping[str, Any], key: str) -> str:
     return answer
 
 
-def load_preferences(config: GRPOConfig, tokenizer: Any, given: Any = None) -> Preferences:
+def preference_rows(config: GRPOConfig, given: Any = None) -> PromptDataset:
     """Those of ``train_dataset``, or of the rows ``given`` in its place."""
-    dataset = config.train_dataset
-    rows = given if isinstance(given, PromptDataset) else load_dataset(dataset, config.seed, given=given)
-    return Preferences(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, dataset.max_prompt_len)
+    return given if isinstance(given, PromptDataset) else load_dataset(config.train_dataset, config.seed, given=given)
+
+
+def load_preferences(config: GRPOConfig, tokenizer: Any, rows: PromptDataset) -> Preferences:
+    """Of ``preference_rows``."""
+    return Preferences(rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, config.train_dataset.max_prompt_len)
 
 
 def make_dpo_batch(pairs: Sequence[Pair], max_tokens_per_mb: int, world_size: int, cost: tuple[float, float] = (1.0, 0.0)) -> Minibatch:

@@ -2,7 +2,7 @@
 
 <run folder>/recover/step_000040/
     checksums.json   every other file with its size and digest
-    state.json       what the controller knows;  rows.pickle: prompts that were read and not trained on yet
+    state.json       what the controller knows;  rows.pickle, of `areal train`: prompts that were read and not trained on yet
     rank_0000.json   a rank's random numbers and counters
     models/          parameters and optimizers, by torch.distributed.checkpoint
 
@@ -164,17 +164,18 @@ def set_aside(folder: Path) -> None:
 # -- the files of a run that goes on --------------------------------------------------------------------------------------------------
 
 
-def cut_back(run_folder: Path, step: int) -> list[str]:
+def cut_back(run_folder: Path, step: int, *, of_warmup: bool = False) -> list[str]:
     """Takes a run's files back to the moment after ``step`` train steps, so that what it writes from there on stands there once.
 
     Rows of later steps go, and so does a last line that was cut off; half-written checkpoints, and Hugging Face checkpoints of later
-    steps, which came from weights that this run will not have. Returns the names of the latter.
+    steps, which came from weights that this run will not have. ``of_warmup``: the steps are those of warmup.jsonl. Returns the names of the
+    Hugging Face checkpoints that went.
     """
     _cut(run_folder / "metrics.jsonl", lambda row: row["step"] <= step)
     _cut(run_folder / "evaluations.jsonl", lambda row: row["step"] <= step and row["when"] != "after")
     _cut(run_folder / "trajectories.jsonl", lambda row: row["step"] < step)  # numbered by the version that was trained
-    for name in ("warmup.jsonl", "timeline.jsonl"):
-        _cut(run_folder / name, None)
+    _cut(run_folder / "warmup.jsonl", (lambda row: row["step"] <= step) if of_warmup else None)
+    _cut(run_folder / "timeline.jsonl", None)
     (run_folder / "summary.json").unlink(missing_ok=True)
     later = []
     for folder in [*run_folder.glob("recover/*"), *run_folder.glob("checkpoints/*")]:

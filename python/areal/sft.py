@@ -8,31 +8,24 @@ when sampled answers are that accurate, and training ends there. Answers are che
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from areal.config import ConfigError, GRPOConfig, OptimizerConfig, SFTConfig
 from areal.config_check_supervised import check_sft_config, check_sft_machine
-from areal.data import MalformedRow, PromptDataset, encode_prompt
-from areal.demonstrations import Demonstrations, load_demonstrations, make_sft_batch
+from areal.data import PromptDataset
+from areal.demonstrations import Demonstrations, demonstration_rows, load_demonstrations, make_sft_batch
 from areal.metrics import step_meters
+from areal.recover_supervised import SFTState
+from areal.sft_check import RolloutCheck, check_rows
 from areal.supervised import SupervisedTrainer
-from areal.tasks.arithmetic import THINKING_PREFIX
 from areal.types import Minibatch
 
 if TYPE_CHECKING:
     from areal.cluster import Cluster
     from areal.workflow.base import RolloutWorkflow
-
-
-log = logging.getLogger(__name__)
-
-
-class WarmupFailed(RuntimeError):
-    """Why supervised training cannot go on, in one sentence."""
 
 
 class SupervisedEngine(Protocol):
@@ -64,8 +57,8 @@ class AccuracyCheck(Protocol):
         """Takes the weights as they are now; training waits for it."""
         ...
 
-    def accuracy(self) -> Coroutine[Any, Any, float]:
-        """Accuracy of those weights, in [0, 1]; training goes on meanwhile."""
+    def accuracy(self, number: int) -> Coroutine[Any, Any, float]:
+        """Accuracy of those weights, in [0, 1]; training goes on meanwhile. ``number``: of the check, from 1."""
         ...
 
 
@@ -99,6 +92,12 @@ class RateSchedule:
     def cool_down(self, step: int) -> None:
         self._cooling_from, self._cooling_since = self.scale(step), step
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"cooling_since": self._cooling_since, "cooling_from": self._cooling_from}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._cooling_since, self._cooling_from = state["cooling_since"], state["cooling_from"]
+
 
 @dataclass(slots=True)
 class SFTResult:
@@ -124,6 +123,7 @@ class SupervisedRun:
         check: judges answers every ``eval_every`` steps when ``stop_at_accuracy`` is set.
         report: called after every step with {step, total_steps, phase, loss, grad_norm, lr_scale, tokens, tokens_per_s, seconds,
             skipped_nonfinite, mfu} (the last of the rank's time in this step), and accuracy when one has just been measured.
+        after_step: called then, with this run; training waits for it.
         overlap: go on training while answers are checked; false where runs must repeat bit for bit.
     """
 
@@ -136,6 +136,7 @@ class SupervisedRun:
         *,
         check: AccuracyCheck | None = None,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
+        after_step: Callable[[SupervisedRun], Awaitable[None]] | None = None,
         overlap: bool = True,
     ) -> None:
         if config.stop_at_accuracy is not None and check is None:
@@ -144,12 +145,26 @@ class SupervisedRun:
             )
         self.config, self.schedule, self.result = config, RateSchedule(config), SFTResult()
         self._engine, self._demonstrations, self._capacity = engine, demonstrations, max_tokens_per_mb
-        self._check, self._report, self._overlap = check, report, overlap
+        self._check, self._report, self._after_step, self._overlap = check, report, after_step, overlap
         self._checking: asyncio.Task[float] | None = None
+        self._n_checks = 0
+        self._place = demonstrations.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """After a step: the fields ``result``, ``rows`` and ``progress`` of ``SFTState``."""
+        progress = {"schedule": self.schedule.state_dict(), "n_checks": self._n_checks}
+        return {"result": asdict(self.result), "rows": self._place, "progress": progress}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Before ``run``: goes on behind the step of this state, in whose optimizer the engine has it. A check that was going on is lost."""
+        self.result = SFTResult(**state["result"])
+        self._demonstrations.load_state_dict(state["rows"])
+        self.schedule.load_state_dict(state["progress"]["schedule"])
+        self._n_checks = state["progress"]["n_checks"]
 
     async def run(self) -> SFTResult:
-        begin = time.monotonic()
-        await self._engine.set_optimizer(self.config.optimizer)
+        """The engine has the optimizer that is to be used."""
+        begin = time.monotonic() - self.result.seconds
         batch = self._next_batch()
         try:
             while self.result.steps < self.schedule.n_steps:
@@ -163,6 +178,8 @@ class SupervisedRun:
                 measured = await self._look_at_check()
                 self.result.seconds = time.monotonic() - begin
                 self._report(self._row(stats) | ({} if measured is None else {"accuracy": measured}))
+                if self._after_step is not None:
+                    await self._after_step(self)
         finally:
             if self._checking is not None:
                 self._checking.cancel()
@@ -171,6 +188,7 @@ class SupervisedRun:
         return self.result
 
     def _next_batch(self) -> Minibatch:
+        self._place = self._demonstrations.state_dict()  # what comes from here on is not trained on yet
         samples, engine = self._demonstrations.batch(self.config.batch_size), self._engine
         return make_sft_batch(samples, self._capacity, engine.n_data_ranks, engine.sequence_cost)
 
@@ -181,7 +199,8 @@ class SupervisedRun:
             return None
         if self._checking is None and self.result.steps % self.config.eval_every == 0:
             await self._check.publish()
-            self._checking = asyncio.create_task(self._check.accuracy())
+            self._n_checks += 1
+            self._checking = asyncio.create_task(self._check.accuracy(self._n_checks))
         if self._checking is None or not (self._checking.done() or not self._overlap):
             return None
         accuracy, self._checking = await self._checking, None
@@ -208,77 +227,24 @@ class SupervisedRun:
         }
 
 
-def check_rows(config: GRPOConfig, train_dataset: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """The prompts of an accuracy check, as ``input_ids`` that end with the forced prefix of the answer.
-
-    They come from the training prompts: held-out ones must not decide when to stop.
-    """
-    assert config.warmup is not None
-    if not isinstance(train_dataset, PromptDataset):
-        raise ConfigError("warmup.stop_at_accuracy looks at training prompts again, which an iterator cannot give", "hand over a sequence")
-    prefix = config.warmup.forced_prefix or (THINKING_PREFIX if config.train_dataset.type == "arithmetic" else "")
-    forced = list(tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else []
-    rows = []
-    for row in train_dataset.first(config.warmup.eval_samples):
-        try:
-            prompt = encode_prompt(row, tokenizer)
-        except MalformedRow as error:
-            log.warning("left out of the accuracy checks: %s", error)
-            continue
-        rows.append({key: value for key, value in row.items() if key not in ("prompt", "messages")} | {"input_ids": prompt + forced})
-    if not rows:
-        raise ConfigError(
-            "no prompt of train_dataset can be tokenized, so warmup.stop_at_accuracy cannot be checked", "check train_dataset.path"
-        )
-    return rows
-
-
-class RolloutCheck:
-    """An ``AccuracyCheck`` on the rollout servers of a run.
-
-    All weights of the warm-up have version 0: publishing takes a new number only where policies must be told apart.
-    """
-
-    def __init__(self, cluster: Cluster, workflow: RolloutWorkflow, rows: list[dict[str, Any]]) -> None:
-        self._cluster, self._workflow, self._rows = cluster, workflow, rows
-        self._n_checks = 0
-
-    async def publish(self) -> None:
-        await self._cluster.weights.publish(0, announce=False)
-
-    async def accuracy(self) -> float:
-        from areal.evaluation import EpisodeSlots, evaluate
-
-        await self._cluster.weights.push()
-        self._n_checks += 1
-        begin, config = time.time(), self._cluster.config
-        result = await evaluate(
-            self._cluster.client,
-            self._workflow,
-            self._rows,
-            seed=config.seed + self._n_checks,
-            slots=EpisodeSlots(config),
-            episode_timeout=config.rollout.episode_timeout,
-        )
-        self._cluster.stats.span("controller", "evaluation", begin, time.time())
-        if result.accuracy is None:
-            causes = ", ".join(f"{n} {cause}" for cause, n in result.failures.items())
-            raise WarmupFailed(f"none of the {len(self._rows)} answers of an accuracy check of the warm-up could be scored ({causes})")
-        return result.accuracy
-
-
 async def warm_up(
     config: GRPOConfig,
     cluster: Cluster,
     workflow: RolloutWorkflow | None,
     *,
     name: str = "warm-up",
-    on_step: Callable[[int, int], None] = lambda step, total: None,
+    rows: PromptDataset | None = None,
+    resumed: SFTState | None = None,
+    after_step: Callable[[SupervisedRun], Awaitable[None]] | None = None,
 ) -> SFTResult:
     """Supervised training before reinforcement learning; afterwards every live rollout server holds the new weights, as version 0.
 
-    ``workflow`` answers the accuracy checks; None where the cluster has no rollout servers. ``name`` is what people see; ``on_step`` is told
-    of every step, and how many there are to be.
+    Args:
+        workflow: answers the accuracy checks; None where the cluster has no rollout servers.
+        name: what people see.
+        rows: of ``demonstration_rows``; None = those of the cluster's config, or the rows that it was given.
+        resumed: where to go on from; the ranks hold it already.
+        after_step: of ``SupervisedRun``.
     """
     assert config.warmup is not None
     check = None
@@ -294,21 +260,23 @@ async def warm_up(
         cluster.stats.span("trainer 0", "training", begin, stepped)
         cluster.stats.warmup(row)
         cluster.display.warmup(row, name)
-        on_step(row["step"], row["total_steps"])
 
     run = SupervisedRun(
         config.warmup,
         cluster.trainer,
-        load_demonstrations(config, cluster.tokenizer, cluster.given_rows[0]),
+        load_demonstrations(config, cluster.tokenizer, rows or demonstration_rows(config, cluster.given_rows[0])),
         config.actor.mb_spec.max_tokens_per_mb,
         check=check,
         report=report,
+        after_step=after_step,
         overlap=not config.deterministic,
     )
+    if resumed is None:
+        await cluster.trainer.set_optimizer(config.warmup.optimizer)
+    else:
+        run.load_state_dict(asdict(resumed))
     result = await run.run()
     await cluster.trainer.set_optimizer(config.actor.optimizer)
-    for cause, n in result.dropped.items():
-        cluster.drops.add(f"demonstration_{cause}", n=n)
     if config.warmup.stop_at_accuracy is not None and not result.reached:
         cluster.display.note(f"the {name} ended after {result.steps} steps below its target accuracy of {config.warmup.stop_at_accuracy:g}")
     if check is not None:
@@ -317,7 +285,7 @@ async def warm_up(
     return result
 
 
-class SFTTrainer(SupervisedTrainer[SFTResult]):
+class SFTTrainer(SupervisedTrainer[SFTResult, SFTState]):
     """Supervised training alone: ``with SFTTrainer(config) as trainer: trainer.train()``.
 
     ``config.warmup`` is the recipe, ``config.actor`` the model; what concerns reinforcement learning is ignored. Rollout servers are
@@ -330,20 +298,32 @@ class SFTTrainer(SupervisedTrainer[SFTResult]):
         ConfigError: the configuration has no warmup.
     """
 
+    _state = SFTState
+
     def __init__(self, config: GRPOConfig, train_dataset: Any = None) -> None:
         if config.warmup is None:
             raise ConfigError("SFTTrainer needs the recipe under the key 'warmup'", "add warmup: {total_steps: ...}")
         super().__init__(config, train_dataset, with_rollout=config.warmup.stop_at_accuracy is not None)
 
-    def _check(self) -> None:
+    def _check(self) -> PromptDataset:
         check_sft_config(self.config)
         check_sft_machine(self.config, self._given)
+        return demonstration_rows(self.config, self._cluster.given_rows[0])
 
-    async def _learn(self) -> SFTResult:
+    @property
+    def _optimizer(self) -> OptimizerConfig:
+        assert self.config.warmup is not None
+        return self.config.warmup.optimizer
+
+    async def _learn(self, resumed: SFTState | None) -> SFTResult:
         from areal.workflow.build import build_workflow
 
         workflow = build_workflow(self.config, self._cluster.tokenizer) if self._with_rollout else None
-        return await warm_up(self.config, self._cluster, workflow, name="sft", on_step=self._stepped)
+
+        async def after_step(run: SupervisedRun) -> None:
+            await self._stepped(run.result.steps, run.schedule.n_steps, run.state_dict())
+
+        return await warm_up(self.config, self._cluster, workflow, name="sft", rows=self._rows, resumed=resumed, after_step=after_step)
 
     def _line(self, result: SFTResult) -> str:
         reached = "" if result.accuracy is None else f", accuracy {100 * result.accuracy:.1f}%"
