@@ -43,7 +43,7 @@ def load_demonstrations(config: GRPOConfig, tokenizer: Any, rows: PromptDataset 
     """``rows``: of ``demonstration_rows``; None = those that the config names."""
     assert config.warmup is not None
     longest = (config.warmup.dataset or config.train_dataset).max_prompt_len
-    return Demonstrations(rows or demonstration_rows(config), tokenizer, config.actor.mb_spec.max_tokens_per_mb, longest)
+    return Demonstrations(demonstration_rows(config) if rows is None else rows, tokenizer, config.actor.mb_spec.max_tokens_per_mb, longest)
 
 
 class Demonstrations:

@@ -264,7 +264,7 @@ async def warm_up(
     run = SupervisedRun(
         config.warmup,
         cluster.trainer,
-        load_demonstrations(config, cluster.tokenizer, rows or demonstration_rows(config, cluster.given_rows[0])),
+        load_demonstrations(config, cluster.tokenizer, rows if rows is not None else demonstration_rows(config, cluster.given_rows[0])),
         config.actor.mb_spec.max_tokens_per_mb,
         check=check,
         report=report,
