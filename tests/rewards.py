@@ -51,7 +51,7 @@ def obey(prompt: str, completions: str, prompt_ids: list[int], completion_ids: l
             sys.stdout.close()
             return 2.0
         case ["spoil"]:
-            for fd in range(3, 64):
+            for fd in (int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2):
                 with contextlib.suppress(OSError):
                     os.write(fd, b"\xff" * 64)
             time.sleep(60)

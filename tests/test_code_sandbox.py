@@ -68,6 +68,21 @@ def _everybody_may(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_descriptors_of_a_process_with_many_are_as_closed_as_of_one_with_few(level: Isolation) -> None:
+    """The number of the fork server's connection is then high: a program must not find it."""
+    found = "import os\nfor fd in range(3, 8192):\n    try:\n        os.fstat(fd)\n        print(fd)\n    except OSError:\n        pass\n"
+    script = f"""
+import os, resource
+from areal.reward.run_python import RunPython
+resource.setrlimit(resource.RLIMIT_NOFILE, (8192, max(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+many = [os.open(os.devnull, os.O_RDONLY) for _ in range({{n}})]
+print(RunPython({level!r})({found!r}))
+"""
+    few, many = (subprocess.run([sys.executable, "-c", script.format(n=n)], capture_output=True, text=True, timeout=100) for n in (0, 4000))
+    assert few.returncode == 0 and few.stdout.split() == many.stdout.split(), (few, many)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_the_end_of_the_scoring_process_is_the_end_of_everything(level: Isolation) -> None:
     program = HARMFUL["fork bomb that sleeps"]
     script = f"""

@@ -58,7 +58,10 @@ def main(fd: int, level: str, parent: int) -> None:
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    judge = socket.socket(fileno=fd)
+    judge = socket.socket(
+        fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    )  # low, where all are closed later, whatever the judge's process holds
+    os.close(fd)
     gc.disable()
     sys.argv = ["solution.py"]
     record_results()
