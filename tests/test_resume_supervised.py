@@ -34,8 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     make_model(folder / "model")
     usable = [{"prompt": f"a{i}b+1=", "answer": f"#{i + 1}", "chosen": f"#{i + 1}", "rejected": f"#{i}"} for i in range(ROWS)]
-    rows = [*usable, {"prompt": "a1b+1="}]  # one that is dropped in every epoch
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [*usable, {"prompt": "a1b+1="}]  # one that is dropped in every epoch, and the first line
+    (folder / "rows.jsonl").write_text("no JSON\n" + "".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -100,7 +100,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(data: Path, tm
     summary["dropped"].pop("recover_skipped", None)  # where writing takes longer than a step
     for totals in (summary, want):
         del totals["seconds"], totals["seconds_total"]
-    assert summary == want and want["dropped"].keys() == {"malformed_row"}
+    assert summary == want and want["dropped"].keys() == {"malformed_row"} and 2 <= want["dropped"]["malformed_row"] <= 4
 
 
 def test_a_run_goes_on_past_its_end_on_two_ranks_and_says_what_may_not_change(data: Path, tmp_path: Path) -> None:
@@ -144,6 +144,23 @@ def test_a_run_goes_on_past_its_end_on_two_ranks_and_says_what_may_not_change(da
         DPOTrainer(config(wanted, f"train_dataset.path={other}")),
     ):
         pass
+
+
+def test_when_a_run_is_over_and_how_long_it_is() -> None:
+    base: dict[str, Any] = {"actor": {"path": "model"}, "train_dataset": {"type": "arithmetic"}}
+    sft, dpo = (GRPOConfig.model_validate(base | {key: {"total_steps": 20}}) for key in ("warmup", "dpo"))
+    assert SFTState.is_over({"steps": 20, "reached": False}, sft) and not SFTState.is_over({"steps": 19, "reached": False}, sft)
+    assert SFTState.is_over({"steps": 9, "reached": True}, sft), "it reached its accuracy"
+    assert DPOState.is_over({"steps": 20, "pairs": 80}, dpo) and not DPOState.is_over({"steps": 19, "pairs": 80}, dpo)
+    for summary in ({"steps": 5, "pairs": 20}, {"train_steps": 5}):
+        assert SFTState.is_over(summary, sft), "another command's"
+    for other in ({"steps": 5, "reached": False}, {"train_steps": 5}):
+        assert DPOState.is_over(other, dpo), "another command's"
+    assert TrainState.is_over({"steps": 5, "reached": False}, sft)
+    common: dict[str, Any] = {"step": 18, "config": {}, "model": {}, "drops": {}, "random": {}, "rows": {}, "seconds_total": 1.0}
+    for since, n_steps in ((None, 20), (12, 12 + 150)):
+        progress = {"schedule": {"cooling_since": since, "cooling_from": 1.0}}
+        assert SFTState(**common, result={"reached": since is not None}, progress=progress).n_steps(sft) == n_steps
 
 
 def test_required_without_a_checkpoint_is_an_error_before_anything_starts(data: Path, tmp_path: Path) -> None:

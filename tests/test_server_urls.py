@@ -56,9 +56,13 @@ async def until(condition: Any, seconds: float = 90) -> None:
         (["rollout.backend=sglang:d2", "rollout.urls=[http://h:1, http://h:1/]"], "rollout.urls names http://h:1 twice"),
         (["rollout.urls=[http://h:1]", "sglang.options={tp_size: 2}"], "sglang.* is set, but the servers of rollout.urls run already"),
         (["weight_sync.folder=/weights"], "weight_sync.folder is set, but the transport is broadcast"),
+        (
+            ["rollout.update_mode=retract", "gconfig.stop=['x']"],
+            "rollout.update_mode=retract with gconfig.stop would change what is sampled: SGLang holds back what may begin a stop string",
+        ),
     ],
 )
-def test_keys_that_would_have_no_effect_are_refused(model: Path, tmp_path: Path, words: list[str], error: str) -> None:
+def test_keys_that_cannot_be_together_are_refused(model: Path, tmp_path: Path, words: list[str], error: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config(model, tmp_path, [])))
     with pytest.raises(ConfigError) as caught:

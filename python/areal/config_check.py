@@ -109,6 +109,11 @@ def _check_rollout(config: GRPOConfig) -> None:
             "rollout.update_mode=in_place works with embedded servers only: SGLang's log-probs of mixed KV could not be recomputed",
             "use abort or retract",
         )
+    if config.update_mode == "retract" and config.gconfig.stop:
+        raise ConfigError(
+            "rollout.update_mode=retract with gconfig.stop would change what is sampled: SGLang holds back what may begin a stop string",
+            "set rollout.update_mode=abort, or use gconfig.stop_token_ids",
+        )
     if config.update_mode == "retract" and config.sglang.options.get("disable_radix_cache") is False:
         raise ConfigError(
             "rollout.update_mode=retract with a radix cache would serve KV of old weights", "remove sglang.options.disable_radix_cache"

@@ -206,13 +206,15 @@ class PromptDataset:
         return row
 
     def first(self, n: int) -> list[dict[str, Any]]:
-        """At most ``n`` usable rows in the source's own order, for evaluation; does not move the iterator."""
+        """At most ``n`` usable rows in the source's own order, for evaluation; does not move the iterator, nor count in ``dropped``."""
         rows: list[dict[str, Any]] = []
+        dropped, in_a_row = self.dropped.copy(), self._dropped_in_a_row
         for index in range(n if self.source.size is None else self.source.size):
             if len(rows) == n:
                 break
             if (row := self._usable(index)) is not None:
                 rows.append({**row, "epoch": 0})
+        self.dropped, self._dropped_in_a_row = dropped, in_a_row
         return rows
 
     def state_dict(self) -> dict[str, Any]:

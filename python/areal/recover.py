@@ -104,7 +104,7 @@ class SavedState(ABC):
     @classmethod
     def read(cls, folder: Path) -> Self:
         plain = json.loads((folder / "state.json").read_bytes())
-        if (command := plain.pop("command", None)) != cls.command:
+        if (command := plain.pop("command", cls.command)) != cls.command:
             raise ConfigError(f"the run that would go on in {folder.parents[1]} is one of `{command}`, not of `{cls.command}`", WAY_OUT)
         try:
             pickled = pickle.loads((folder / _PICKLE).read_bytes()) if cls.pickled else {}
@@ -141,7 +141,8 @@ def find_resumable(config: GRPOConfig, kind: type[S]) -> S | None:
     if not found or _is_finished(folder, config, kind):
         if config.recover.mode == "required":
             why = f"the run in {folder} has finished" if found else f"there is no recover checkpoint in {folder}"
-            way_out = f"raise {kind.planned(config)[0]}" if found else "set recover.mode=auto to start one"
+            more = f"raise {kind.planned(config)[0]} if that is what ended it, or set recover.mode=auto to start anew"
+            way_out = more if found else "set recover.mode=auto to start one"
             raise ConfigError(f"recover.mode=required, but {why}", way_out)
         return None
     notes: list[str] = []

@@ -24,6 +24,10 @@ class SupervisedState(SavedState):
     progress: dict[str, Any]
     """What else the loop knows."""
 
+    def n_steps(self, config: GRPOConfig) -> int:
+        """Steps in all, as far as is known."""
+        return self.planned(config)[1]
+
 
 @dataclass(kw_only=True)
 class SFTState(SupervisedState):
@@ -33,7 +37,7 @@ class SFTState(SupervisedState):
     @classmethod
     def is_over(cls, summary: Mapping[str, Any], config: GRPOConfig) -> bool:
         wanted = cls.planned(config)[1]
-        return summary.get("reached", False) or summary.get("steps", wanted) >= wanted
+        return "reached" not in summary or summary["reached"] or summary["steps"] >= wanted
 
     @classmethod
     def planned(cls, config: GRPOConfig) -> tuple[str, int]:
@@ -49,6 +53,11 @@ class SFTState(SupervisedState):
     def check(self, config: GRPOConfig, folder: Path) -> None:
         if not self.result["reached"]:  # the cool-down may go past total_steps
             super().check(config, folder)
+
+    def n_steps(self, config: GRPOConfig) -> int:
+        assert config.warmup is not None
+        since = self.progress["schedule"]["cooling_since"]
+        return super().n_steps(config) if since is None else since + config.warmup.cooldown_steps
 
 
 @dataclass(kw_only=True)
@@ -67,7 +76,7 @@ class DPOState(SupervisedState):
 
     @classmethod
     def fixed(cls, config: GRPOConfig) -> tuple[str, ...]:
-        return (*fixed_of_rows("train_dataset"), "actor.optimizer.type")
+        return (*fixed_of_rows("train_dataset"), "actor.optimizer.type", "ref.path")
 
 
 class SupervisedRecovery(Recovery):

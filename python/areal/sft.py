@@ -147,20 +147,20 @@ class SupervisedRun:
         self._engine, self._demonstrations, self._capacity = engine, demonstrations, max_tokens_per_mb
         self._check, self._report, self._after_step, self._overlap = check, report, after_step, overlap
         self._checking: asyncio.Task[float] | None = None
-        self._n_checks = 0
+        self._n_checks, self._owes_check = 0, False
         self._place = demonstrations.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """After a step: the fields ``result``, ``rows`` and ``progress`` of ``SFTState``."""
-        progress = {"schedule": self.schedule.state_dict(), "n_checks": self._n_checks}
+        progress = {"schedule": self.schedule.state_dict(), "n_checks": self._n_checks, "checking": self._checking is not None}
         return {"result": asdict(self.result), "rows": self._place, "progress": progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Before ``run``: goes on behind the step of this state, in whose optimizer the engine has it. A check that was going on is lost."""
+        """Before ``run``: goes on behind the step of this state, in whose optimizer the engine has it. A check that was going on is begun anew after the next step."""
         self.result = SFTResult(**state["result"])
         self._demonstrations.load_state_dict(state["rows"])
         self.schedule.load_state_dict(state["progress"]["schedule"])
-        self._n_checks = state["progress"]["n_checks"]
+        self._n_checks, self._owes_check = state["progress"]["n_checks"], state["progress"]["checking"]
 
     async def run(self) -> SFTResult:
         """The engine has the optimizer that is to be used."""
@@ -197,9 +197,9 @@ class SupervisedRun:
         target = self.config.stop_at_accuracy
         if target is None or self._check is None or self.schedule.cooling:
             return None
-        if self._checking is None and self.result.steps % self.config.eval_every == 0:
+        if self._checking is None and (self._owes_check or self.result.steps % self.config.eval_every == 0):
             await self._check.publish()
-            self._n_checks += 1
+            self._n_checks, self._owes_check = self._n_checks + 1, False
             self._checking = asyncio.create_task(self._check.accuracy(self._n_checks))
         if self._checking is None or not (self._checking.done() or not self._overlap):
             return None

@@ -115,11 +115,11 @@ class SupervisedTrainer(ABC, Generic[R, S]):
             if resumed is not None:
                 self._begin -= resumed.seconds_total
                 await self._restore(resumed)
-            result = await self._learn(resumed)
+            result: Any = await self._learn(resumed)
             await cluster.save("final")
             watching.cancel()
-        lost = Counter(asdict(result)["dropped"]) + Counter(cluster.drops.totals)
-        totals = {**asdict(result), "dropped": dict(sorted(lost.items())), "seconds_total": self._seconds()}
+        result.dropped = dict(sorted((Counter(result.dropped) + Counter(cluster.drops.totals)).items()))
+        totals = {**asdict(result), "seconds_total": self._seconds()}
         cluster.stats.summary(totals)
         cluster.display.finish_supervised(f"{self._line(result)}; dropped {_dropped(totals)}")
         return result
@@ -132,7 +132,7 @@ class SupervisedTrainer(ABC, Generic[R, S]):
         cluster.drops.restore(state.drops)
         set_random_state(state.random)
         if "checkpoint" not in what_is_done(self.run_folder, state.step):  # of the weights as they are now, before the next step
-            self._save_if_due(state.step, self._state.planned(self.config)[1])
+            self._save_if_due(state.step, state.n_steps(self.config))
 
     async def _stepped(self, step: int, total: int, state: dict[str, Any]) -> None:
         """What is due when ``step`` steps are done; ``state``: the fields of the recover state that the loop knows."""

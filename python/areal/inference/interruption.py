@@ -16,7 +16,10 @@ What the server does not end then has either not begun there, or is over there a
 so the first chunk of it that comes after the update is not taken over, and it is sent again.
 Retractions for want of memory do not disturb this: before the update is over they find nothing to be told apart, and one that comes
 later comes after the one of the pause, unless the request waited for memory when the pause came, and then its next token is of the new
-weights as well. The one case left is a retraction for want of memory within the last steps before a pause, whose token arrives only after
+weights as well. What is sampled again is so whatever it was, but for two cases. A token that comes after the update and ends its answer comes
+alone, where another one may be put together with the next, and both are sampled again: rare, and within a few steps of an update. And what
+SGLang holds back is text that may begin a stop string, so ends by one become rarer at an update: a config with ``gconfig.stop`` is refused.
+The one case left is a retraction for want of memory (or by a user's ``pause_all``) within the last steps before a pause, whose token arrives only after
 the whole update; ``max_running_requests`` should be such that memory suffices.
 The server must run without a radix cache, and updates must say ``flush_cache: false``: it is not idle while requests wait.
 
@@ -108,9 +111,10 @@ async def _pause(server: Server, mode: InterruptMode) -> None:
     await server.wire.call("POST", "/pause_generation", {"mode": mode}, timeout=None)
     if not server.stamps:
         await _settle(server)
-        unclear = [s.rid for s in server.submissions.values() if not s.is_clear]
-        for rid in unclear:
-            await server.wire.call("POST", "/abort_request", {"rid": rid}, timeout=None)
+        unclear = [submission for submission in server.submissions.values() if not submission.is_clear]
+        for submission in unclear:
+            submission.is_doubtful = True  # or a late end would still be taken over, and a late token that is none lost with the abort
+            await server.wire.call("POST", "/abort_request", {"rid": submission.rid}, timeout=None)
         if unclear:
             await _settle(server)
     server.meter.set_activity("weight_sync")
