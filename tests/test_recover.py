@@ -231,12 +231,15 @@ def test_rows_that_cannot_be_pickled_are_told(root: Path) -> None:
 
 def test_a_state_of_other_fields_is_told(root: Path) -> None:
     config = make(root)
-    partial = begin_checkpoint(run_folder_of(config), 1)
     own = state(config, 1).files()
-    own["state.json"] = json.dumps({**json.loads(own["state.json"]), "flux": 1}).encode()
-    finish_checkpoint(partial, {}, own)
-    with pytest.raises(ConfigError, match=r"step_000001 cannot be read here .*flux.*go on with the areal"):
-        find_resumable(config, TrainState)
+    plain = json.loads(own["state.json"])
+    for step, (name, changed) in enumerate(
+        {"flux": plain | {"flux": 1}, "command": {key: value for key, value in plain.items() if key != "command"}}.items(), 1
+    ):
+        partial = begin_checkpoint(run_folder_of(config), step)
+        finish_checkpoint(partial, {}, {**own, "state.json": json.dumps(changed).encode()})
+        with pytest.raises(ConfigError, match=rf"step_00000{step} cannot be read here .*{name}.*go on with the areal"):
+            find_resumable(config, TrainState)
 
 
 def lines(path: Path, rows: list[dict[str, Any]], torn: bytes = b"") -> None:

@@ -104,12 +104,15 @@ class SavedState(ABC):
     @classmethod
     def read(cls, folder: Path) -> Self:
         plain = json.loads((folder / "state.json").read_bytes())
-        if (command := plain.pop("command", cls.command)) != cls.command:
-            raise ConfigError(f"the run that would go on in {folder.parents[1]} is one of `{command}`, not of `{cls.command}`", WAY_OUT)
+        if plain.get("command", cls.command) != cls.command:
+            raise ConfigError(
+                f"the run that would go on in {folder.parents[1]} is one of `{plain['command']}`, not of `{cls.command}`", WAY_OUT
+            )
         try:
+            del plain["command"]
             pickled = pickle.loads((folder / _PICKLE).read_bytes()) if cls.pickled else {}
             return cls(**plain, **pickled, folder=folder)
-        except (TypeError, AttributeError, ImportError) as error:  # other fields than these, or rows of classes that are not here
+        except (KeyError, TypeError, AttributeError, ImportError) as error:  # other fields than these, or rows of classes that are not here
             raise ConfigError(
                 f"the recover checkpoint {folder} cannot be read here ({error})", "go on with the areal and the code that wrote it"
             ) from error
@@ -141,8 +144,9 @@ def find_resumable(config: GRPOConfig, kind: type[S]) -> S | None:
     if not found or _is_finished(folder, config, kind):
         if config.recover.mode == "required":
             why = f"the run in {folder} has finished" if found else f"there is no recover checkpoint in {folder}"
-            more = f"raise {kind.planned(config)[0]} if that is what ended it, or set recover.mode=auto to start anew"
-            way_out = more if found else "set recover.mode=auto to start one"
+            way_out = "set recover.mode=auto to start one"
+            if found:
+                way_out = f"raise {kind.planned(config)[0]} if that is what ended it, or set recover.mode=auto to start anew"
             raise ConfigError(f"recover.mode=required, but {why}", way_out)
         return None
     notes: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SupervisedState(SavedState):
+    recipe: ClassVar[str]
+    """The section of the config that says how to train."""
+    own_key: ClassVar[str]
+    """Of the summaries, only this command's has it."""
+
     result: dict[str, Any]
     """The run's result so far."""
     rows: dict[str, Any]
@@ -23,6 +28,14 @@ class SupervisedState(SavedState):
     seconds_total: float
     progress: dict[str, Any]
     """What else the loop knows."""
+
+    @classmethod
+    def is_over(cls, summary: Mapping[str, Any], config: GRPOConfig) -> bool:
+        return cls.own_key not in summary or summary.get("reached", False) or summary["steps"] >= cls.planned(config)[1]
+
+    @classmethod
+    def planned(cls, config: GRPOConfig) -> tuple[str, int]:
+        return f"{cls.recipe}.total_steps", getattr(config, cls.recipe).total_steps
 
     def n_steps(self, config: GRPOConfig) -> int:
         """Steps in all, as far as is known."""
@@ -32,17 +45,13 @@ class SupervisedState(SavedState):
 @dataclass(kw_only=True)
 class SFTState(SupervisedState):
     command: ClassVar[str] = "areal sft"
+    recipe: ClassVar[str] = "warmup"
+    own_key: ClassVar[str] = "reached"
     steps_are_of_warmup: ClassVar[bool] = True
 
-    @classmethod
-    def is_over(cls, summary: Mapping[str, Any], config: GRPOConfig) -> bool:
-        wanted = cls.planned(config)[1]
-        return "reached" not in summary or summary["reached"] or summary["steps"] >= wanted
-
-    @classmethod
-    def planned(cls, config: GRPOConfig) -> tuple[str, int]:
-        assert config.warmup is not None
-        return "warmup.total_steps", config.warmup.total_steps
+    @property
+    def _cooling_since(self) -> int | None:
+        return self.progress["schedule"]["cooling_since"]
 
     @classmethod
     def fixed(cls, config: GRPOConfig) -> tuple[str, ...]:
@@ -51,28 +60,19 @@ class SFTState(SupervisedState):
         return ("warmup.dataset", *fixed_of_rows(rows), "warmup.optimizer.type")
 
     def check(self, config: GRPOConfig, folder: Path) -> None:
-        if not self.result["reached"]:  # the cool-down may go past total_steps
+        if self._cooling_since is None:  # a cool-down may go past total_steps
             super().check(config, folder)
 
     def n_steps(self, config: GRPOConfig) -> int:
         assert config.warmup is not None
-        since = self.progress["schedule"]["cooling_since"]
-        return super().n_steps(config) if since is None else since + config.warmup.cooldown_steps
+        return super().n_steps(config) if self._cooling_since is None else self._cooling_since + config.warmup.cooldown_steps
 
 
 @dataclass(kw_only=True)
 class DPOState(SupervisedState):
     command: ClassVar[str] = "areal dpo"
-
-    @classmethod
-    def is_over(cls, summary: Mapping[str, Any], config: GRPOConfig) -> bool:
-        wanted = cls.planned(config)[1]
-        return "pairs" not in summary or summary["steps"] >= wanted
-
-    @classmethod
-    def planned(cls, config: GRPOConfig) -> tuple[str, int]:
-        assert config.dpo is not None
-        return "dpo.total_steps", config.dpo.total_steps
+    recipe: ClassVar[str] = "dpo"
+    own_key: ClassVar[str] = "pairs"
 
     @classmethod
     def fixed(cls, config: GRPOConfig) -> tuple[str, ...]:
@@ -80,11 +80,13 @@ class DPOState(SupervisedState):
 
 
 class SupervisedRecovery(Recovery):
-    """``state`` makes the state of the step that has just been done, of the fields that every command has."""
+    """Set ``own`` before ``save``."""
 
-    def __init__(self, cluster: Cluster, state: Callable[[dict[str, Any]], SupervisedState]) -> None:
+    def __init__(self, cluster: Cluster, kind: type[SupervisedState]) -> None:
         super().__init__(cluster)
-        self._make = state
+        self._kind = kind
+        self.own: dict[str, Any] = {}
+        """The fields that a ``SupervisedState`` has beyond every command's."""
 
     def _state(self, step: int) -> SupervisedState:
-        return self._make(self._common(step))
+        return self._kind(**self._common(step), **self.own)

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 from areal.config import GRPOConfig, OptimizerConfig
 from areal.data import PromptDataset
@@ -22,7 +22,13 @@ from areal.recover_supervised import SupervisedRecovery, SupervisedState
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-R = TypeVar("R", bound="DataclassInstance")
+    class SupervisedResult(DataclassInstance, Protocol):
+        """What a loop returns, and summary.json holds."""
+
+        dropped: dict[str, int]
+
+
+R = TypeVar("R", bound="SupervisedResult")
 S = TypeVar("S", bound=SupervisedState)
 
 
@@ -49,7 +55,7 @@ class SupervisedTrainer(ABC, Generic[R, S]):
         self._cluster = Cluster(alone, train_dataset, with_rollout=with_rollout, find_resumed=self._find_resumed)
         self._given = [] if train_dataset is None else ["train_dataset"]
         self._asyncio = asyncio.Runner()
-        self._resumed: Any = None
+        self._resumed: S | None = None
 
     @abstractmethod
     def _check(self) -> PromptDataset:
@@ -69,7 +75,7 @@ class SupervisedTrainer(ABC, Generic[R, S]):
         """The result in a line for people, without what was dropped."""
 
     def _find_resumed(self) -> SupervisedState | None:
-        self._resumed = find_resumable(self._cluster.config, self._state)
+        self._resumed = cast("S | None", find_resumable(self._cluster.config, self._state))
         if self._resumed is not None:
             self._rows.load_state_dict(self._resumed.rows["rows"])  # other rows are told before anything is started
         return self._resumed
@@ -109,13 +115,13 @@ class SupervisedTrainer(ABC, Generic[R, S]):
     async def _train(self) -> R:
         cluster, resumed = self._cluster, self._resumed
         self._begin = time.monotonic()
-        self._recovery = SupervisedRecovery(cluster, self._with_all)
+        self._recovery = SupervisedRecovery(cluster, self._state)
         async with asyncio.TaskGroup() as self._tasks:
             watching = self._tasks.create_task(cluster.watch() if self._with_rollout else asyncio.sleep(0))
             if resumed is not None:
                 self._begin -= resumed.seconds_total
                 await self._restore(resumed)
-            result: Any = await self._learn(resumed)
+            result = await self._learn(resumed)
             await cluster.save("final")
             watching.cancel()
         result.dropped = dict(sorted((Counter(result.dropped) + Counter(cluster.drops.totals)).items()))
@@ -138,7 +144,7 @@ class SupervisedTrainer(ABC, Generic[R, S]):
         """What is due when ``step`` steps are done; ``state``: the fields of the recover state that the loop knows."""
         self._save_if_due(step, total)
         if self._recovery.is_due(step):
-            self._loop_state = state
+            self._recovery.own = {**state, "seconds_total": self._seconds()}
             await self._recovery.save(self._tasks, step)
 
     def _save_if_due(self, step: int, total: int) -> None:
@@ -146,9 +152,6 @@ class SupervisedTrainer(ABC, Generic[R, S]):
         every = self.config.saver.every_steps
         if every and step % every == 0 and step < total:
             self._tasks.create_task(self._cluster.save_step(step), name=f"checkpoint {step}")
-
-    def _with_all(self, common: dict[str, Any]) -> SupervisedState:
-        return self._state(**common, **self._loop_state, seconds_total=self._seconds())
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begin

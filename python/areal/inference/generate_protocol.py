@@ -88,7 +88,10 @@ class Submission:
         return bool(self.n_new) and self.pending is None and not self.holds_back
 
     def resumed_with(self, version: int) -> None:
-        """The server, which stamps no versions, has taken other weights while this was in it, and goes on."""
+        """The server, which stamps no versions, has taken other weights while this was in it, and goes on.
+
+        A pause has made doubtful what is unclear; it is done here too, so that versions do not rest on how a server was paused.
+        """
         if self.is_clear:
             self.pending = version
         else:
