@@ -209,6 +209,23 @@ def test_a_run_goes_on_from_any_step(tokenizer, cut):
     assert [row["phase"] for row in later] == [row["phase"] for row in rows[cut:]] and rest.seconds >= state["result"]["seconds"] > 0
 
 
+def test_a_check_that_was_cut_off_is_begun_anew(tokenizer):
+    config = arithmetic_config(total_steps=9, batch_size=1, eval_every=5, stop_at_accuracy=0.85)
+    states = {}
+
+    async def keep(sft):
+        states[sft.result.steps] = sft.state_dict()
+
+    engine = RecordingEngine()
+    run(config, tokenizer, engine, check=RecordingCheck(engine, [0.1], seconds=60), after_step=keep)
+    assert [states[step]["progress"]["checking"] for step in (4, 5, 6)] == [False, True, True]
+    for cut, number in ((4, 1), (6, 2)):  # due at step 5 as ever; and at once, after step 7
+        engine = RecordingEngine()
+        check = RecordingCheck(engine, [0.1], seconds=0.0)
+        run(config, tokenizer, engine, state=states[cut], check=check, overlap=False)
+        assert check.published_at == [1] and check.numbers == [number]
+
+
 def test_checks_run_beside_training_one_at_a_time(tokenizer):
     engine = RecordingEngine(seconds=0.002)
     check = RecordingCheck(engine, [0.1] * 100, seconds=0.05)

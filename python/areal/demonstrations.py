@@ -32,11 +32,9 @@ def demonstration_rows(config: GRPOConfig, given: Any = None) -> PromptDataset:
     assert config.warmup is not None
     if config.warmup.dataset:
         return load_dataset(config.warmup.dataset, config.seed, "demonstrations", "warmup.dataset")
-    return (
-        given
-        if isinstance(given, PromptDataset)
-        else load_dataset(config.train_dataset, config.seed, "demonstrations", "train_dataset", given)
-    )
+    if isinstance(given, PromptDataset):
+        return given
+    return load_dataset(config.train_dataset, config.seed, "demonstrations", "train_dataset", given)
 
 
 def load_demonstrations(config: GRPOConfig, tokenizer: Any, rows: PromptDataset | None = None) -> Demonstrations:

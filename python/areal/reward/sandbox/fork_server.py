@@ -58,9 +58,8 @@ def main(fd: int, level: str, parent: int) -> None:
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    judge = socket.socket(
-        fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    )  # low, where all are closed later, whatever the judge's process holds
+    # A low number, whatever the judge's process holds: programs have all low ones closed.
+    judge = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3))
     os.close(fd)
     gc.disable()
     sys.argv = ["solution.py"]
